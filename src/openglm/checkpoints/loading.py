@@ -1,0 +1,167 @@
+"""From a checkpoint to a network, tensor by tensor, and from one format to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from openglm.checkpoints.format import DEFAULT_SHARD_BYTES, SavableTokenizer, check_shape, save_checkpoint
+from openglm.checkpoints.layout import dtype_name, expected_shapes, plain_name, resolve_dtype
+from openglm.config import ModelConfig
+from openglm.errors import CheckpointError
+from openglm.models.glm130b import GLM130B
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class ModelSource(Protocol):
+    """A model that lies somewhere: its configuration and its tensors, one at a time."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's shape and special tokens."""
+        ...
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer's file, or None where there is none."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What was deduced, assumed or ignored; one sentence each."""
+        ...
+
+    def names(self) -> list[str]:
+        """Names of the tensors, as the network has them."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor in its stored dtype, on the CPU; the caller may keep it and write to it."""
+        ...
+
+
+class StateSource:
+    """Tensors that are in memory already, under original names with or without ``transformer.``; handed out as copies."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self.tokenizer_path: Path | None = None
+        self.notes: list[str] = []
+        self._tensors = {plain_name(name): tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
+        expected = expected_shapes(config)
+        for name in self._tensors:
+            if name not in expected:
+                raise CheckpointError(f"this model has no tensor `{name}`", key=name)
+        for name, shape in expected.items():
+            if name not in self._tensors:
+                raise CheckpointError(f"the tensor `{name}` is missing", key=name)
+            check_shape(None, name, tuple(self._tensors[name].shape), shape)
+            if not self._tensors[name].is_floating_point():
+                kind = dtype_name(self._tensors[name].dtype)
+                raise CheckpointError(f"`{name}` is {kind}, expected floating point", key=name)
+
+    def names(self) -> list[str]:
+        """Names of the tensors, in the network's order."""
+        return list(expected_shapes(self.config))
+
+    def tensor(self, name: str) -> Tensor:
+        """A copy of a tensor, so that training the network leaves the caller's tensors alone."""
+        return self._tensors[name].detach().clone()
+
+
+def load_into(
+    network: Network, source: ModelSource, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Network:
+    """Replace the network's parameters by those of a source, one at a time; returns the network.
+
+    The network is usually built on the meta device, so that memory holds the model and one tensor more. It may be a
+    part of the whole: only what it has is read. ``dtype`` None keeps the stored one. A tensor of our own format that
+    needs neither another dtype nor another device stays memory-mapped (private, copy on write: training may change
+    it, the file stays as it is). Raises ``CheckpointError`` for a missing or misshaped tensor.
+    """
+    target = resolve_dtype(dtype) if dtype is not None else None
+    names = set(source.names())
+    for name, parameter in list(network.named_parameters()):
+        if name not in names:
+            raise CheckpointError(f"the checkpoint has no tensor `{name}`", key=name)
+        tensor = source.tensor(name)
+        check_shape(None, name, tuple(tensor.shape), tuple(parameter.shape))
+        owner, _, leaf = name.rpartition(".")
+        loaded = nn.Parameter(tensor.to(device=device, dtype=target), requires_grad=parameter.requires_grad)
+        setattr(network.get_submodule(owner), leaf, loaded)
+    return network
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are. PyTorch would import a second of compiler to "fill" tensors without memory."""
+
+    _FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def empty_network(config: ModelConfig) -> GLM130B:
+    """The network on the meta device: names and shapes without memory, at any size in milliseconds."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return GLM130B(config)
+
+
+def load_network(source: ModelSource, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> GLM130B:
+    """The network of a source, in evaluation mode, on the given device and in the given dtype (None: as stored)."""
+    return load_into(empty_network(source.config), source, dtype, device).eval()
+
+
+def network_from_state(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> GLM130B:
+    """A network from tensors under original names, with or without ``transformer.``; the tensors are copied.
+
+    Raises ``CheckpointError`` naming a missing, unknown or misshaped tensor.
+    """
+    return load_network(StateSource(config, tensors), dtype, device)
+
+
+def convert_source(
+    source: ModelSource,
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = "float16",
+    tokenizer: SavableTokenizer | str | Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    replace: bool = False,
+    progress: Callable[[int, int], Any] | None = None,
+) -> None:
+    """Write a source as a folder of our own format, one tensor in memory at a time; see ``save_checkpoint``.
+
+    ``tokenizer`` None takes the source's own. ``progress(done, total)`` is called after each tensor.
+    """
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        names = source.names()
+        for done, name in enumerate(names, 1):
+            yield name, source.tensor(name)
+            if progress is not None:
+                progress(done, len(names))
+
+    save_checkpoint(
+        folder,
+        source.config,
+        tensors(),
+        tokenizer=tokenizer if tokenizer is not None else source.tokenizer_path,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        replace=replace,
+    )

@@ -1,0 +1,217 @@
+"""What a model is, in numbers: ``ModelConfig``, the presets, parameter and FLOP counts. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openglm.errors import ConfigError
+
+#: Ids of the released vocabulary (SPEC 3.1). "pad" only fills batches; its mask row hides it.
+RELEASED_SPECIAL_TOKENS = {
+    "pad": 0,
+    "eos": 20002,
+    "[MASK]": 150000,
+    "[gMASK]": 150001,
+    "[sMASK]": 150002,
+    "eod": 150003,
+    "sop": 150004,
+    "eop": 150005,
+    "ENC": 150006,
+    "dBLOCK": 150007,
+}
+#: Ids of our own vocabulary, the same at every size (`tokenizers/unigram.py`).
+OWN_SPECIAL_TOKENS = {
+    "pad": 0,
+    "eos": 2,
+    "[MASK]": 3,
+    "[gMASK]": 4,
+    "[sMASK]": 5,
+    "eod": 6,
+    "sop": 7,
+    "eop": 8,
+    "ENC": 9,
+    "dBLOCK": 10,
+}
+MASK_KINDS = ("[MASK]", "[gMASK]", "[sMASK]")
+REQUIRED_SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "eos")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GLM-130B style network and the ids that its sequences need.
+
+    Raises ``ConfigError`` naming the field and the value when two numbers do not fit each other.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    inner_hidden_size: int
+    """Width of each half of the GeGLU; the first linear layer has twice as many rows (SPEC 1.4)."""
+    vocab_size: int
+    """Rows of the embedding, padding rows included."""
+    max_sequence_length: int = 2048
+    layernorm_epsilon: float = 1e-5
+    rotary_dtype: str = "float32"
+    """Precision of the rotary tables: "float32" is exact, "float16" rounds as the original does (SPEC 2.3)."""
+    special_tokens: Mapping[str, int] = field(default_factory=lambda: dict(OWN_SPECIAL_TOKENS), hash=False)
+    learned_masks: tuple[str, ...] = MASK_KINDS
+    """Mask kinds that the training data held; a prompt with another kind is refused."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "special_tokens", dict(self.special_tokens))
+        object.__setattr__(self, "learned_masks", tuple(self.learned_masks))
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "inner_hidden_size",
+            "vocab_size",
+            "max_sequence_length",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"`{name}` must be a whole number of at least 1, not {value!r}", key=name)
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` ({self.num_attention_heads})",
+                key="num_attention_heads",
+            )
+        if self.head_size % 2:
+            raise ConfigError(
+                f"rotary positions need an even head size, but `hidden_size` / `num_attention_heads` is {self.head_size}",
+                key="num_attention_heads",
+            )
+        if not self.layernorm_epsilon > 0:
+            raise ConfigError(f"`layernorm_epsilon` must be above 0, not {self.layernorm_epsilon!r}", key="layernorm_epsilon")
+        if self.rotary_dtype not in ("float32", "float16"):
+            raise ConfigError(f'`rotary_dtype` must be "float32" or "float16", not {self.rotary_dtype!r}', key="rotary_dtype")
+        for name in REQUIRED_SPECIAL_TOKENS:
+            if name not in self.special_tokens:
+                raise ConfigError(f'`special_tokens` has no "{name}"', key="special_tokens")
+        for name, token in self.special_tokens.items():
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ConfigError(
+                    f'`special_tokens["{name}"]` is {token!r}, outside the vocabulary of {self.vocab_size}',
+                    key="special_tokens",
+                )
+        for name in self.learned_masks:
+            if name not in MASK_KINDS:
+                raise ConfigError(f"`learned_masks` may hold {', '.join(MASK_KINDS)}, not {name!r}", key="learned_masks")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def deepnorm_alpha(self) -> float:
+        """Weight of the skip connection, sqrt(2 layers) (SPEC 2.1)."""
+        return math.sqrt(2 * self.num_layers)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters; the tied head counts once (SPEC 1.2)."""
+        h, i = self.hidden_size, self.inner_hidden_size
+        return self.num_layers * (4 * h * h + 3 * i * h + 9 * h + 2 * i) + self.vocab_size * h + 2 * h
+
+    def flops_per_token(self, context: int | None = None, *, training: bool = False) -> int:
+        """FLOPs of one token that attends to ``context`` tokens (default: the maximum length), head included.
+
+        A multiplication and an addition count as two; ``training`` counts the backward pass as twice the forward
+        (SPEC 9.1.2).
+        """
+        h, i = self.hidden_size, self.inner_hidden_size
+        context = self.max_sequence_length if context is None else context
+        forward = 2 * self.num_layers * (4 * h * h + 3 * h * i) + 4 * context * h * self.num_layers + 2 * h * self.vocab_size
+        return 3 * forward if training else forward
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ModelConfig:
+        """A named shape, ``PRESETS``; ``changes`` replace single fields. An unknown name gets the nearest right one."""
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset `{name}`", hint=_did_you_mean(name, PRESETS), key=name)
+        return cls.from_dict({**PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """A configuration from plain values. Unknown or missing keys raise ``ConfigError`` with the nearest right name."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in names:
+                raise ConfigError(f"a model configuration has no key `{key}`", hint=_did_you_mean(key, names), key=key)
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+        ]
+        if missing:
+            raise ConfigError(f"the model configuration lacks `{missing[0]}`", key=missing[0])
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ModelConfig:
+        """Read a ``config.json``; keys that describe the file rather than the network are skipped."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read `{path}`: {error.strerror}", path=path) from error
+        except ValueError as error:
+            raise ConfigError(f"`{path}` is not valid JSON: {error}", path=path) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"`{path}` holds no JSON object", path=path)
+        values = {key: value for key, value in values.items() if key not in FILE_KEYS}
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"`{path}`: {error.message}", hint=error.hint, path=path, key=error.key) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        values["learned_masks"] = list(self.learned_masks)
+        return values
+
+
+#: Keys of a model folder's config.json that are not the network's.
+FILE_KEYS = ("format_version", "model_type", "dtype", "tokenizer")
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def _shape(
+    layers: int, hidden: int, heads: int, inner: int, vocab: int, context: int, special: Mapping[str, int] = OWN_SPECIAL_TOKENS
+) -> dict[str, Any]:
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "inner_hidden_size": inner,
+        "vocab_size": vocab,
+        "max_sequence_length": context,
+        "special_tokens": dict(special),
+    }
+
+
+#: Hidden and inner widths are multiples of 128, so that every quantization group fits.
+PRESETS: dict[str, dict[str, Any]] = {
+    "pico": _shape(6, 256, 4, 768, 16_384, 1_024),
+    "nano": _shape(8, 384, 6, 1_024, 16_384, 1_024),
+    "110m": _shape(12, 768, 12, 2_048, 32_768, 2_048),
+    "335m": _shape(24, 1_024, 16, 2_816, 32_768, 2_048),
+    "1.3b": _shape(24, 2_048, 16, 5_504, 50_304, 2_048),
+    "2b": _shape(36, 2_048, 32, 5_504, 50_304, 2_048),
+    "10b": _shape(48, 4_096, 64, 11_008, 50_304, 2_048),
+    "130b": _shape(70, 12_288, 96, 32_768, 150_528, 2_048, RELEASED_SPECIAL_TOKENS),
+}

@@ -1,0 +1,150 @@
+"""Token shards: one pair of memory-mapped arrays per source file, with counts and checksums.
+
+    NAME.tokens   uint16 or uint32, documents one after the other, each closed by eos
+    NAME.offsets  int64, where each document begins, and the end
+    shards.json   for each shard: kind, language, documents, tokens, UTF-8 bytes, SHA-256; and of which tokenizer
+
+An instruction is two documents in a row, prompt and answer, without eos.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from openglm.data.readers import find_files, read_documents
+from openglm.errors import DataError
+from openglm.storage import atomic_write, sha256
+from openglm.tokenizers import load_tokenizer
+
+INDEX = "shards.json"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What ``shards.json`` says of one shard."""
+
+    name: str
+    kind: str
+    """"text" or "instructions"."""
+    language: str
+    """"zh" if more than a third of the letters are Chinese, else "en"."""
+    documents: int
+    tokens: int
+    bytes: int
+    dtype: str
+    sha256: str
+
+
+class Shard:
+    """Documents of one source as token ids, memory-mapped."""
+
+    def __init__(self, folder: Path, info: ShardInfo) -> None:
+        self.info = info
+        path = folder / f"{info.name}.tokens"
+        try:
+            self.tokens = np.memmap(path, dtype=info.dtype, mode="r")
+            self.offsets = np.fromfile(folder / f"{info.name}.offsets", dtype=np.int64)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read the token shard `{path}`: {error}", path=path) from error
+        if len(self.tokens) != info.tokens or len(self.offsets) != info.documents + 1:
+            raise DataError(
+                f"`{path}` holds {len(self.tokens)} tokens, not {info.tokens}", hint="prepare the data again", path=path
+            )
+
+    def document(self, index: int) -> np.ndarray:
+        """Token ids of one document, as stored."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def shard_name(path: Path) -> str:
+    """The name of a source: the file's name without its suffixes."""
+    return path.name.split(".")[0]
+
+
+def _chinese_share(text: str) -> float:
+    letters = sum(c.isalpha() for c in text)
+    return sum("\u4e00" <= c <= "\u9fff" for c in text) / max(letters, 1)
+
+
+def _write_shard(path: Path, folder: Path, tokenizer_path: Path) -> ShardInfo:
+    tokenizer = load_tokenizer(tokenizer_path)
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    eos = tokenizer.special_tokens["eos"]
+    name, offsets, size, chinese, letters = shard_name(path), [0], 0, 0.0, 0
+    kind = "text"
+    with atomic_write(folder / f"{name}.tokens") as file:
+        for document in read_documents([path]):
+            parts = [tokenizer.encode(document.text)]
+            if document.answer is None:
+                parts[0].append(eos)
+            else:
+                kind = "instructions"
+                parts.append(tokenizer.encode(document.answer))
+            for part in parts:
+                file.write(np.asarray(part, dtype=dtype).tobytes())
+                offsets.append(offsets[-1] + len(part))
+            size += len(document.text.encode()) + len((document.answer or "").encode())
+            if len(offsets) % 50 == 1:
+                chinese += _chinese_share(document.text[:2000])
+                letters += 1
+    if kind == "instructions" and len(offsets) % 2 == 0:
+        raise DataError(f"`{path}` mixes instructions and running text", hint="put them into separate files", path=path)
+    with atomic_write(folder / f"{name}.offsets") as file:
+        file.write(np.asarray(offsets, dtype=np.int64).tobytes())
+    language = "zh" if letters and chinese / letters > 1 / 3 else "en"
+    digest = sha256(folder / f"{name}.tokens")
+    return ShardInfo(name, kind, language, len(offsets) - 1, offsets[-1], size, np.dtype(dtype).name, digest)
+
+
+def write_shards(
+    paths: Iterable[str | Path],
+    folder: str | Path,
+    tokenizer: str | Path,
+    *,
+    workers: int = 2,
+    log: Callable[[str], None] | None = None,
+) -> list[ShardInfo]:
+    """Tokenize files on several cores, one shard each. ``shards.json`` is written last, so a folder with it is whole."""
+    folder = Path(folder)
+    files = sorted(find_files(paths), key=lambda path: -path.stat().st_size)
+    names = [shard_name(path) for path in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two files are called `{name}`", hint="rename one: shards are named after their file")
+    infos: list[ShardInfo] = []
+    # spawn: forking a process that has used torch's threads can hang.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for info in pool.map(_write_shard, files, [folder] * len(files), [Path(tokenizer)] * len(files)):
+            infos.append(info)
+            if log:
+                log(f"{info.name}: {info.documents:,} documents, {info.tokens:,} tokens ({info.language})")
+    infos.sort(key=lambda info: info.name)
+    with atomic_write(folder / INDEX, "w") as file:
+        json.dump({"tokenizer_sha256": sha256(tokenizer), "shards": [asdict(info) for info in infos]}, file, indent=1)
+    return infos
+
+
+def open_shards(folder: str | Path, tokenizer: str | Path | None = None) -> list[Shard]:
+    """All shards of a folder. With ``tokenizer``, raises ``DataError`` if they were made by another one."""
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        infos = [ShardInfo(**info) for info in index["shards"]]
+    except OSError as error:
+        raise DataError(f"`{folder}` holds no token shards (no {INDEX})", path=folder) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"`{folder / INDEX}` is not an index of token shards", path=folder / INDEX) from error
+    if tokenizer is not None and index.get("tokenizer_sha256") != sha256(tokenizer):
+        raise DataError(
+            f"the shards in `{folder}` were made by another tokenizer than `{tokenizer}`",
+            hint="prepare the data again",
+            path=folder,
+        )
+    return [Shard(folder, info) for info in infos]
