@@ -206,7 +206,6 @@ def _shape(
 
 #: Hidden and inner widths are multiples of 128, so that every quantization group fits.
 PRESETS: dict[str, dict[str, Any]] = {
-    "pico": _shape(6, 256, 4, 768, 16_384, 1_024),
     "nano": _shape(8, 384, 6, 1_024, 16_384, 1_024),
     "110m": _shape(12, 768, 12, 2_048, 32_768, 2_048),
     "335m": _shape(24, 1_024, 16, 2_816, 32_768, 2_048),

@@ -125,7 +125,7 @@ def place_answer(before: str, answer: str) -> str:
 
 def mask_kind(ids: Ids, special: Special) -> str | None:
     """The kind that the original fills in these ids: [MASK], else [sMASK], else [gMASK], else None (SPEC 3.2)."""
-    present = set(int(i) for i in ids)
+    present = {int(i) for i in ids}
     return next((word for word in ("[MASK]", "[sMASK]", "[gMASK]") if special[word] in present), None)
 
 
@@ -381,7 +381,7 @@ class Batch:
         pad: int = 0,
         device: torch.device | str = "cpu",
     ) -> Batch:
-        """Put layouts side by side, padded on the "right" or "left" to the longest (or ``length``), rounded up to ``multiple``."""
+        """Put layouts side by side, padded on the "right" or "left" to the longest (or ``length``), up to a ``multiple``."""
         if padding not in ("right", "left"):
             raise InputError(f'padding is "right" or "left", not {padding!r}')
         longest = max(len(layout) for layout in layouts)

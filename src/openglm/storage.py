@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from openglm.errors import StorageError
 
@@ -162,6 +162,8 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.entries: list[dict[str, Any]] = []
+        if self.path.exists() and not self.path.is_file():
+            raise StorageError(f"`{self.path}` is not a regular file", hint="choose another output file", path=self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a buffer would keep what a full disk refused, and write it later.
@@ -185,6 +187,8 @@ class Journal:
         whole = 0
         for number, line in enumerate(io.BytesIO(data), 1):
             if not line.endswith(b"\n"):
+                if not line.startswith(b"{"):  # torn or not, a line of ours begins so; this is somebody's file
+                    self._refuse(number)
                 break
             whole += len(line)
             if line.strip():
@@ -192,14 +196,18 @@ class Journal:
                     entry = json.loads(line)
                     if not isinstance(entry, dict):
                         raise ValueError("not an object")
-                except ValueError as error:
-                    raise StorageError(
-                        f"`{self.path}` line {number} is not a JSON object, so it is not a file that this job wrote",
-                        hint="choose another output file",
-                        path=self.path,
-                    ) from error
-                self.entries.append(entry)
+                except ValueError:
+                    self._refuse(number)
+                else:
+                    self.entries.append(entry)
         return whole
+
+    def _refuse(self, line: int) -> NoReturn:
+        raise StorageError(
+            f"`{self.path}` line {line} is not a JSON object, so it is not a file that this job wrote",
+            hint="choose another output file",
+            path=self.path,
+        )
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one finished piece; it is on disk when this returns. A failed write leaves no torn line behind."""

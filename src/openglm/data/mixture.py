@@ -143,9 +143,7 @@ class Mixture:
         assert self._instruction_shares is not None
         shard = self.instructions[int(np.searchsorted(self._instruction_shares, rng.random(), side="right"))]
         index = 2 * int(rng.integers(shard.info.documents // 2))
-        layout = infilling.answer_sample(
-            shard.document(index), shard.document(index + 1), self.objectives.window, self.special
-        )
+        layout = infilling.answer_sample(shard.document(index), shard.document(index + 1), self.objectives.window, self.special)
         return Sample(layout, "instruction", shard.info.language)
 
     def _cut(self, document: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:

@@ -81,7 +81,9 @@ def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
                     row = json.loads(_decode(line, path, number))
                 except ValueError as error:
                     raise DataError(f"`{path}` line {number} is not valid JSON", path=path) from error
-                text, answer = (row.get("text", row.get("prompt")), row.get("answer")) if isinstance(row, dict) else (None, None)
+                text, answer = (
+                    (row.get("text", row.get("prompt")), row.get("answer")) if isinstance(row, dict) else (None, None)
+                )
                 if not isinstance(text, str) or not isinstance(answer, str | None):
                     raise DataError(f"`{path}` line {number} has no `text` (or `prompt` and `answer`)", path=path)
                 yield Document(text, answer, str(row.get("id", number)), str(row.get("source", path.stem)))

@@ -77,10 +77,10 @@ def _write_shard(path: Path, folder: Path, tokenizer_path: Path) -> ShardInfo:
     tokenizer = load_tokenizer(tokenizer_path)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     eos = tokenizer.special_tokens["eos"]
-    name, offsets, size, chinese, letters = shard_name(path), [0], 0, 0.0, 0
+    name, offsets, size, chinese = shard_name(path), [0], 0, []
     kind = "text"
     with atomic_write(folder / f"{name}.tokens") as file:
-        for document in read_documents([path]):
+        for number, document in enumerate(read_documents([path])):
             parts = [tokenizer.encode(document.text)]
             if document.answer is None:
                 parts[0].append(eos)
@@ -91,14 +91,13 @@ def _write_shard(path: Path, folder: Path, tokenizer_path: Path) -> ShardInfo:
                 file.write(np.asarray(part, dtype=dtype).tobytes())
                 offsets.append(offsets[-1] + len(part))
             size += len(document.text.encode()) + len((document.answer or "").encode())
-            if len(offsets) % 50 == 1:
-                chinese += _chinese_share(document.text[:2000])
-                letters += 1
+            if number % 25 == 0:
+                chinese.append(_chinese_share(document.text[:2000]))
     if kind == "instructions" and len(offsets) % 2 == 0:
         raise DataError(f"`{path}` mixes instructions and running text", hint="put them into separate files", path=path)
     with atomic_write(folder / f"{name}.offsets") as file:
         file.write(np.asarray(offsets, dtype=np.int64).tobytes())
-    language = "zh" if letters and chinese / letters > 1 / 3 else "en"
+    language = "zh" if chinese and sum(chinese) / len(chinese) > 1 / 3 else "en"
     digest = sha256(folder / f"{name}.tokens")
     return ShardInfo(name, kind, language, len(offsets) - 1, offsets[-1], size, np.dtype(dtype).name, digest)
 

@@ -157,7 +157,9 @@ class GLM130B(nn.Module):
         #: Gradient factors of the tied matrix: as input embedding, and as output head (SPEC 2.5, 9.1.1).
         self.input_gradient_factor = 1.0
         self.output_gradient_factor = 1.0
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Given a weight, torch does not draw one, which on the meta device would import a compiler.
+        embeddings = torch.empty(config.vocab_size, config.hidden_size)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embeddings)
         # A dictionary, so that a part of the network keeps the global numbers in its names.
         self.layers = nn.ModuleDict({str(n): Layer(config, n) for n in range(config.num_layers)})
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from openglm.errors import ConfigError, DataError
 from openglm.models.glm130b import GLM130B
 from openglm.storage import Journal, remove
 from openglm.tokenizers import load_tokenizer
-from openglm.training.recipe import Recipe, learning_rate
+from openglm.training.recipe import Recipe
 from openglm.training.snapshots import Progress, load_snapshot, newest_snapshot, save_snapshot
 from openglm.training.step import MasterWeights, StepResult, make_optimizer, train_step
 from openglm.training.validation import Validator
@@ -65,13 +64,15 @@ def train(
     *,
     fresh: bool = False,
     stop_after: float | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     log: Callable[[str], None] = print,
     watch: Watcher | None = None,
 ) -> Path:
     """Train until the recipe's samples are done; returns the folder of the finished checkpoint, ``out/model``.
 
     Resumes from the newest snapshot in ``out``; ``fresh`` removes what is there. ``stop_after``: seconds after which to
-    save a snapshot and stop (the checkpoint is written from it as well). Metrics go to ``out/metrics.jsonl``.
+    save a snapshot and stop; ``should_stop``: asked after each step, True does the same. The checkpoint is written from
+    wherever the run stands. Metrics go to ``out/metrics.jsonl``.
     """
     out = Path(out)
     if fresh:
@@ -93,7 +94,7 @@ def train(
     network.input_gradient_factor = recipe.optimizer.input_gradient_factor
     network.output_gradient_factor = recipe.optimizer.output_gradient_factor
     network.to(recipe.run.device)
-    master = MasterWeights(network) if recipe.run.precision == "float32" else _lower(network)
+    master = MasterWeights(network, recipe.run.precision)
     optimizer = make_optimizer(master, recipe)
     progress = Progress()
     found = newest_snapshot(out / "snapshots")
@@ -130,7 +131,7 @@ def train(
             progress.seconds += now - last
             last = now
             done = progress.samples >= recipe.run.samples
-            stop = stop_after is not None and now - began > stop_after
+            stop = should_stop() or (stop_after is not None and now - began > stop_after)
             if progress.steps % recipe.run.validate_every == 0 or done or stop:
                 network.eval()
                 progress.validation = validator(network, recipe.run.device)
@@ -141,21 +142,11 @@ def train(
                 metrics.append(_row(progress, result, speed))
             if progress.steps % recipe.run.snapshot_every == 0 or done or stop:
                 snapshot()
-                last = time.monotonic()
+            last = time.monotonic()  # validation and snapshots are not training time
             if stop:
                 log(f"stopped after {now - began:.0f} s; the same command goes on from here")
                 break
     return export(out, network, master, config, tokenizer)
-
-
-def _lower(network: GLM130B) -> MasterWeights:
-    full = [parameter.detach().clone() for parameter in network.parameters()]
-    network.to(torch.bfloat16)
-    weights = MasterWeights(network)
-    with torch.no_grad():
-        for master, exact in zip(weights.master, full, strict=True):
-            master.copy_(exact)  # not the rounded values
-    return weights
 
 
 def _load_initial(network: GLM130B, folder: str) -> None:
@@ -190,16 +181,3 @@ def _row(progress: Progress, result: StepResult, speed: float) -> dict[str, Any]
         "tokens_per_second": round(speed, 1),
         "bits_per_byte": {name: round(value, 4) for name, value in progress.validation.items()},
     }
-
-
-def describe(recipe: Recipe) -> str:
-    """The recipe in one line, for the start of a run."""
-    config = recipe.model.config()
-    return json.dumps(
-        {
-            "preset": recipe.model.preset,
-            "parameters": config.parameter_count,
-            "samples": recipe.run.samples,
-            "rate_after_warmup": learning_rate(recipe, recipe.optimizer.warmup_samples),
-        }
-    )

@@ -40,12 +40,20 @@ class Progress:
 
 
 def save_snapshot(
-    folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer, progress: Progress, recipe: dict[str, Any], keep: int
+    folder: Path,
+    weights: MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    recipe: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write ``folder/samples-NNNNNNNNNN`` atomically, then remove all but the newest ``keep``."""
     target = folder / f"samples-{progress.samples:010d}"
     with atomic_folder(target, replace=True) as temporary:
-        save_file({name: p.detach().cpu() for name, p in zip(weights.names, weights.master, strict=True)}, temporary / "weights.safetensors")
+        save_file(
+            {name: p.detach().cpu() for name, p in zip(weights.names, weights.master, strict=True)},
+            temporary / "weights.safetensors",
+        )
         moments: dict[str, Tensor] = {}
         for name, parameter in zip(weights.names, weights.master, strict=True):
             for key, value in optimizer.state[parameter].items():

@@ -32,13 +32,18 @@ class StepResult:
 
 
 class MasterWeights:
-    """float32 weights for the optimizer, beside the network's working copy; the same tensors if that is float32."""
+    """float32 weights for the optimizer, beside a working copy in ``precision`` that the network computes with.
 
-    def __init__(self, network: nn.Module) -> None:
+    Turns the network's parameters into that copy; in float32 both are the same tensors.
+    """
+
+    def __init__(self, network: nn.Module, precision: str) -> None:
         self.names = [name for name, _ in network.named_parameters()]
-        self.working = [parameter for _, parameter in network.named_parameters()]
-        self.same = all(parameter.dtype == torch.float32 for parameter in self.working)
-        self.master = self.working if self.same else [nn.Parameter(p.detach().float()) for p in self.working]
+        self.same = precision == "float32"
+        full = [parameter.detach().float().clone() for parameter in network.parameters()]
+        network.to(getattr(torch, precision))
+        self.working = list(network.parameters())
+        self.master = self.working if self.same else [nn.Parameter(parameter) for parameter in full]
 
     def collect_gradients(self) -> None:
         """Move the working copy's gradients to the master weights, in float32."""
@@ -51,7 +56,8 @@ class MasterWeights:
     def publish(self) -> None:
         """Round the master weights into the working copy."""
         if not self.same:
-            torch._foreach_copy_(self.working, self.master)
+            for working, master in zip(self.working, self.master, strict=True):
+                working.copy_(master)
 
 
 def make_optimizer(weights: MasterWeights, recipe: Recipe) -> torch.optim.AdamW:

@@ -1,0 +1,351 @@
+"""The measures of a small model: bits per byte, 500 fixed blanks, and samples for its card.
+
+    python benchmarks/bundled_model.py [--model nano] [--corpus FOLDER] [--json FILE] [--card FILE]
+
+All from the corpus's validation files, which are read at run time:
+
+* bits per byte of all documents, cut into windows of at most 512 tokens, each alone as unidirectional [gMASK];
+* blanks: 250 English and 250 Chinese passages with one span missing, filled greedily with at most 16 tokens. They depend
+  on the files, the tokenizer and a seed; the SHA-256 of their ids says whether two runs had the same;
+* samples picked by a fixed seed, good and bad as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from openglm import GLM, OpenGLMError, load
+from openglm.data.readers import Document, read_documents
+from openglm.errors import InputError
+from openglm.inference.sampling import SamplingSettings
+from openglm.inference.writing import unwritable_ids
+from openglm.infilling import blank_prompt
+from openglm.tokenizers.base import Tokenizer
+from openglm.training.validation import bits_per_byte
+
+ROOT = Path(__file__).resolve().parent.parent
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+BLANKS = 250
+"""Of each language."""
+SEED, SAMPLE_SEED = 2024, 2025
+SHORTEST, LONGEST = 32, 96
+"""Tokens of a passage with a blank."""
+LONGEST_SPAN = 8
+ANSWER = 16
+"""Tokens of an answer at most, the end token included."""
+SAMPLE_FILLS, SAMPLE_GENERATIONS = 6, 3
+OPENING = (12, 40)
+"""Tokens of a text to continue."""
+GENERATION: dict[str, int | float] = {"max_tokens": 64, "temperature": 0.8, "top_p": 0.9, "seed": 1}
+
+_SENTENCE_END = re.compile(
+    r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?]+[\"'”’)]*\s+"  # behind a title no sentence ends
+    r"|[。！？…]+[”’』」）\"]*\s*|\n\s*"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blanks
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A passage with one span missing."""
+
+    language: str
+    source: str
+    part_a: list[int]
+    """Token ids with one [MASK], eos at the end."""
+    index: int
+    """Of the mask."""
+    answer: list[int]
+    """The missing token ids."""
+
+
+class Draws:
+    """Whole numbers from a seed, the same for ever: numpy keeps the raw stream of PCG64, not what it derives from it."""
+
+    def __init__(self, seed: int) -> None:
+        self._bits = np.random.PCG64(seed)
+
+    def below(self, count: int) -> int:
+        """From 0 to count - 1."""
+        return int(self._bits.random_raw()) % count
+
+    def span(self) -> int:
+        """Poisson(3) restricted to 1..``LONGEST_SPAN``."""
+        weights = np.cumsum([3**k / math.factorial(k) for k in range(1, LONGEST_SPAN + 1)])
+        return int(np.searchsorted(weights, self.below(1 << 53) / (1 << 53) * weights[-1], side="right")) + 1
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, each with the whitespace behind it; together they are the text."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    borders = [0, *ends, len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(borders) if b > a]
+
+
+def draw_passage(
+    documents: Sequence[tuple[Document, list[str]]], tokenizer: Tokenizer, draws: Draws, shortest: int, longest: int
+) -> tuple[Document, str, list[int]]:
+    """Whole sentences of one document that together have so many tokens: the document, the text, its ids."""
+    for _ in range(100_000):
+        document, sentences = documents[draws.below(len(documents))]
+        first = draws.below(len(sentences))
+        wanted = shortest + draws.below(longest - shortest + 1)
+        text, ids = "", []
+        for end in range(first + 1, len(sentences) + 1):
+            more = "".join(sentences[first:end]).strip()
+            encoded = tokenizer.encode(more)
+            if len(encoded) > wanted:
+                break
+            text, ids = more, encoded
+        if len(ids) >= shortest:
+            return document, text, ids
+    raise InputError(f"the validation files hold no sentences of {shortest} to {longest} tokens")
+
+
+def draw_blanks(
+    documents: Mapping[str, Sequence[Document]], tokenizer: Tokenizer, count: int = BLANKS, seed: int = SEED
+) -> list[Blank]:
+    """``count`` blanks of each language, always the same for the same documents, tokenizer and seed.
+
+    A span begins at a word in English (its piece begins with a blank), at any piece in Chinese, and is no half character.
+    """
+    draws = Draws(seed)
+    mask, eos = tokenizer.special_tokens["[MASK]"], tokenizer.special_tokens["eos"]
+    blanks: list[Blank] = []
+    for language, found in documents.items():
+        split = [(document, split_sentences(document.text)) for document in found if document.text.strip()]
+        passages: set[str] = set()
+        for _ in range(1000 * count):
+            document, text, ids = draw_passage(split, tokenizer, draws, SHORTEST, LONGEST)
+            span, chance = draws.span(), draws.below(1 << 32)
+            starts = [k for k in range(len(ids) - span + 1) if language != "en" or tokenizer.decode([ids[k]]).startswith(" ")]
+            if text in passages or not starts:
+                continue
+            start = starts[chance % len(starts)]
+            answer = ids[start : start + span]
+            if "\ufffd" in tokenizer.decode(answer):
+                continue
+            passages.add(text)
+            blanks.append(Blank(language, document.source, [*ids[:start], mask, *ids[start + span :], eos], start, answer))
+            if len(passages) == count:
+                break
+        else:
+            raise InputError(f"the {language} validation file has no {count} different passages for blanks")
+    return blanks
+
+
+def fingerprint(blanks: Sequence[Blank]) -> str:
+    """SHA-256 of all ids."""
+    text = json.dumps([[blank.language, blank.part_a, blank.index, blank.answer] for blank in blanks])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fill_blanks(glm: GLM, blanks: Sequence[Blank], batch_size: int = 25) -> Iterator[tuple[list[int], bool]]:
+    """For each blank the ids that the model writes greedily, and whether it came to an end by itself."""
+    special = glm.config.special_tokens
+    forbidden = unwritable_ids(glm.config, _tokenizer(glm)).to(glm.engine.device)
+    settings = SamplingSettings(max_tokens=ANSWER)
+    for first in range(0, len(blanks), batch_size):
+        part = blanks[first : first + batch_size]
+        prompts = [blank_prompt(blank.part_a, blank.index, special) for blank in part]
+        answers: list[list[int]] = [[] for _ in part]
+        ended = [False] * len(part)
+        ends, rooms = (special["eop"], special["eos"]), [ANSWER] * len(part)
+        for token in glm.engine.generate(prompts, settings, ends=ends, rooms=rooms, forbidden=forbidden):
+            if token.ends:
+                ended[token.row] = True
+            else:
+                answers[token.row].append(token.id)
+        yield from zip(answers, ended, strict=True)
+
+
+def is_exact(blank: Blank, answer: Sequence[int], ended: bool, tokenizer: Tokenizer) -> bool:
+    """The model wrote the missing text, and then ended."""
+    return ended and (list(answer) == blank.answer or tokenizer.decode(answer) == tokenizer.decode(blank.answer))
+
+
+def count_exact(blanks: Sequence[Blank], exact: Sequence[bool]) -> dict[str, dict[str, dict[str, int]]]:
+    """{"by_language": {name: {"blanks", "exact"}}, "by_span_length": the same}."""
+
+    def count(chosen: Sequence[bool]) -> dict[str, int]:
+        return {"blanks": sum(chosen), "exact": sum(e for e, c in zip(exact, chosen, strict=True) if c)}
+
+    languages = {name: count([blank.language == name for blank in blanks]) for name in LANGUAGES}
+    lengths = {str(n): count([len(blank.answer) == n for blank in blanks]) for n in range(1, LONGEST_SPAN + 1)}
+    return {"by_language": {**languages, "all": count([True] * len(blanks))}, "by_span_length": lengths}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The card
+
+
+_MARKDOWN = re.compile(r"([\\`*_<>|#\[\]~])")
+
+
+def escape(text: str) -> str:
+    """Text as it stands in a cell of a markdown table."""
+    return _MARKDOWN.sub(r"\\\1", text).replace("\n", " ⏎ ")
+
+
+def fill_rows(
+    blanks: Sequence[Blank], answers: Sequence[tuple[list[int], bool]], exact: Sequence[bool], tokenizer: Tokenizer
+) -> Iterator[str]:
+    """A table row for each of some blanks, the same ones for every model."""
+    draws = Draws(SAMPLE_SEED)
+    for language, name in LANGUAGES.items():
+        left = [k for k, blank in enumerate(blanks) if blank.language == language]
+        for _ in range(min(SAMPLE_FILLS, len(left))):
+            k = left.pop(draws.below(len(left)))
+            blank, (answer, ended) = blanks[k], answers[k]
+            expected = tokenizer.decode(blank.answer)
+            before, after = tokenizer.decode(blank.part_a[: blank.index]), tokenizer.decode(blank.part_a[blank.index + 1 :])
+            # The blank before a word belongs to its first token; readers expect it outside of the answer.
+            text = f"{escape(before)}{' ' if expected.startswith(' ') else ''}`[MASK]`{escape(after)}"
+            written = escape(tokenizer.decode(answer).removeprefix(" ")) + ("" if ended else " …")
+            mark = "yes" if exact[k] else "no"
+            yield f"| {name} ({blank.source}) | {text} | {escape(expected.removeprefix(' '))} | {written} | {mark} |"
+
+
+def generation_parts(glm: GLM, documents: Mapping[str, Sequence[Document]]) -> Iterator[str]:
+    """Texts that the model goes on with, the same ones for every model."""
+    draws = Draws(SAMPLE_SEED)
+    tokenizer = _tokenizer(glm)
+    for language, found in documents.items():
+        split = [(document, split_sentences(document.text)) for document in found if document.text.strip()]
+        for _ in range(SAMPLE_GENERATIONS):
+            document, text, _ = draw_passage(split, tokenizer, draws, *OPENING)
+            answer = glm.generate(text, **GENERATION).answer  # pyright: ignore[reportArgumentType]
+            opening, answer = (escape(part).replace(" ⏎ ", "  \n> ") for part in (text, answer))
+            yield f"{LANGUAGES[language]} ({document.source}):\n\n> <b>{opening}</b>{answer}"
+
+
+def measures_table(report: Mapping) -> str:
+    """The figures as markdown."""
+    counts = report["blanks"]
+    rows = ["| | English | Chinese | both |", "|---|---|---|---|"]
+    bits = report["bits_per_byte"]
+    if bits:
+        rows.append(f"| bits per byte, validation | {bits['en']:.4f} | {bits['zh']:.4f} | |")
+    cells = [f"{row['exact']} of {row['blanks']}" for row in counts["by_language"].values()]
+    rows += [
+        f"| blanks filled exactly | {' | '.join(cells)} |",
+        "",
+        "| missing tokens | blanks | filled exactly |",
+        "|---|---|---|",
+    ]
+    rows += [f"| {n} | {row['blanks']} | {row['exact']} |" for n, row in counts["by_span_length"].items()]
+    return "\n".join([*rows, "", f"The blanks have SHA-256 `{counts['sha256']}`."])
+
+
+def card(report: Mapping, fills: Sequence[str], generations: Sequence[str]) -> str:
+    """The fragment of a model card: figures and samples."""
+    settings = ", ".join(f"{name} {value}" for name, value in GENERATION.items())
+    return "\n".join(
+        [
+            "## Measures\n",
+            measures_table(report),
+            "\n## Samples\n",
+            f"Picked from the validation texts by a fixed seed ({SAMPLE_SEED}), good and bad as they come. ⏎ is a new line.\n",
+            f"Blanks, filled greedily with at most {ANSWER} tokens:\n",
+            "| from | text | expected | model | exact |\n|---|---|---|---|---|",
+            *fills,
+            f"\nTexts (bold) and how the model goes on ({settings}):\n",
+            "\n\n".join(generations) + "\n",
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def _tokenizer(glm: GLM) -> Tokenizer:
+    if glm.tokenizer is None:
+        raise InputError("this model has no tokenizer, so it cannot be measured on text")
+    return glm.tokenizer
+
+
+def measure_bits(glm: GLM, documents: Mapping[str, Sequence[Document]]) -> dict[str, float]:
+    """Language to bits per byte of all documents."""
+    tokenizer = _tokenizer(glm)
+    return {
+        language: bits_per_byte(
+            glm.network,
+            (np.asarray(tokenizer.encode(document.text), dtype=np.int64) for document in found),
+            tokenizer,
+            device=glm.engine.device,
+        )
+        for language, found in documents.items()
+    }
+
+
+def run(glm: GLM, documents: Mapping[str, Sequence[Document]], *, blanks: int = BLANKS, bits: bool = True) -> tuple[dict, str]:
+    """All measures: the figures, and the fragment of the card."""
+    tokenizer = _tokenizer(glm)
+    start = time.monotonic()
+    chosen = draw_blanks(documents, tokenizer, blanks)
+    answers = list(fill_blanks(glm, chosen))
+    exact = [is_exact(blank, *answer, tokenizer) for blank, answer in zip(chosen, answers, strict=True)]
+    report = {
+        "parameters": glm.config.parameter_count,
+        "dtype": str(glm.engine.dtype).removeprefix("torch."),
+        "bits_per_byte": {},
+        "blanks": {"sha256": fingerprint(chosen), "seed": SEED, **count_exact(chosen, exact)},
+    }
+    if bits:
+        report["bits_per_byte"] = {language: round(value, 5) for language, value in measure_bits(glm, documents).items()}
+    fills = list(fill_rows(chosen, answers, exact, tokenizer))
+    generations = list(generation_parts(glm, documents))
+    report["seconds"] = round(time.monotonic() - start)
+    return report, card(report, fills, generations)
+
+
+def main() -> int:
+    """Measure and print."""
+    shared = Path(os.environ.get("OPENGLM_SHARED") or ROOT.parent / "shared")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="nano", help="a bundled name, or a checkpoint folder (default: %(default)s)")
+    parser.add_argument(
+        "--corpus", type=Path, default=shared / "data" / "corpus", help="folder of validation-en and -zh.jsonl.zst"
+    )
+    parser.add_argument("--device", help="where to run (default: a GPU where there is one)")
+    parser.add_argument("--no-bits", action="store_true", help="blanks and samples only: bits per byte take minutes")
+    parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into a file")
+    parser.add_argument("--card", type=Path, metavar="FILE", help="write figures and samples as markdown into a file")
+    arguments = parser.parse_args()
+    try:
+        documents = {name: list(read_documents([arguments.corpus / f"validation-{name}.jsonl.zst"])) for name in LANGUAGES}
+        report, text = run(load(arguments.model, device=arguments.device), documents, bits=not arguments.no_bits)
+    except OpenGLMError as error:
+        print(error, file=sys.stderr)
+        return 2
+    model = Path(arguments.model).name
+    report = {"date": datetime.date.today().isoformat(), "machine": arguments.machine, "model": model, **report}
+    print(measures_table(report))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if arguments.card:
+        arguments.card.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

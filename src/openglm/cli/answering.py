@@ -1,0 +1,177 @@
+"""What `glm fill` and `glm generate` share: from the options to a text, a file of texts, or a session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openglm.cli import console
+from openglm.cli.batch import Line, open_results, read_lines, run_batch, with_id
+from openglm.cli.models import load_model, model_folder, model_path
+from openglm.errors import InputError, OpenGLMError
+from openglm.tokenizers.base import MASK_WORDS
+
+if TYPE_CHECKING:
+    from openglm.inference.glm import GLM
+
+
+@dataclass
+class Request:
+    """One run of a command: the model, how it answers, and where texts come from and go to."""
+
+    task: str
+    """"fill" or "generate"."""
+    model: str
+    download: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of ``GLM.fill`` and ``GLM.generate``, only those that were given."""
+    json: bool = False
+    batch_size: int = 8
+
+    @cached_property
+    def glm(self) -> GLM:
+        """The model; its name and the settings are checked before it is loaded."""
+        model_folder(self.model, download=self.download)  # before torch is imported
+        from openglm.inference.sampling import SamplingSettings
+
+        with as_options():
+            SamplingSettings.of(**self.settings)
+        return load_model(self.model, download=self.download, dtype=self.dtype, device=self.device)
+
+    def check(self, text: str, place: str = "the text") -> None:
+        """Refuse what no model can answer. Raises ``InputError``."""
+        if not text.strip():
+            raise InputError(f"{place} is empty", hint=f"for one: {EXAMPLE[self.task]}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{place} is not valid UTF-8 (character {error.start + 1})", hint="set the terminal to UTF-8"
+            ) from error
+
+    def has_no_blank(self, text: str) -> bool:
+        """Whether a text to be filled holds no mask word, and is therefore continued; worth a remark."""
+        return self.task == "fill" and not any(word in text for word in MASK_WORDS)
+
+    def answer(self, text: str) -> None:
+        """One text to stdout; on a terminal `generate` shows it while it is written."""
+        self.check(text)
+        if self.has_no_blank(text):
+            console.note("the text has no [MASK], so it is continued")
+        glm = self.glm
+        stream = self.task == "generate" and console.is_terminal(sys.stdout) and not self.json
+        if stream and self.settings.get("num_beams", 1) == 1:
+            with as_options():
+                show_stream(glm, text, self.settings)
+            return
+        (result,) = self.answer_batch([text])
+        self.show(Line(1, text), result)
+
+    def answer_batch(self, texts: Sequence[str]) -> Sequence[Any]:
+        """``FillResult`` or ``GenerateResult`` of every text."""
+        method = self.glm.fill_batch if self.task == "fill" else self.glm.generate_batch
+        with as_options():
+            return method(list(texts), batch_size=self.batch_size, **self.settings)
+
+    def show(self, line: Line, result: Any) -> None:
+        """One result to stdout."""
+        if self.json:
+            console.write_json(with_id(line, result.to_dict()))
+        else:
+            console.write_answer(result.text, answer_places(line.text, result))
+
+    def answer_lines(self, source: str, output: Path | None) -> None:
+        """All texts of a file or of stdin ("-"), to stdout or to an output that can go on after an interruption."""
+        if self.batch_size < 1:
+            raise InputError(f"`--batch-size` must be at least 1, not {self.batch_size}")
+        lines = read_lines(source)
+        name = "standard input" if source == "-" else f"`{source}`"
+        for line in lines:
+            self.check(line.text, f"{name} line {line.number}")
+        bare = sum(self.has_no_blank(line.text) for line in lines)
+        if bare:
+            console.note(f"{bare:,} of {len(lines):,} texts have no [MASK], so they are continued")
+        job = {"task": self.task, "model": self.model, "dtype": self.dtype, **self.settings}
+        results = open_results(output, lines, name, job) if output is not None else None
+        try:
+            run_batch(
+                lines,
+                lambda: self.glm and self.answer_batch,
+                results=results,
+                batch_size=self.batch_size,
+                show=self.show,
+                source=name,
+                label="filling" if self.task == "fill" else "generating",
+            )
+        finally:
+            if results is not None:
+                results.close()
+
+    def run(self, text: str | None, source: str | None, output: Path | None) -> None:
+        """The text, the file, what comes through a pipe, or a session; whichever was given."""
+        if text is not None and source is not None:
+            raise InputError("a text and `--input` exclude each other", hint="give one of them")
+        if text is not None and output is not None:
+            raise InputError("`--output` goes with `--input`", hint="send a single answer to a file with: > FILE")
+        if self.download:
+            self.model = model_path(self.model, download=True)
+        if text is not None:
+            self.answer(text)
+        elif source is None and console.is_terminal(sys.stdin):
+            if output is not None:
+                raise InputError("`--output` goes with `--input`", hint="give a file of texts with --input FILE")
+            from openglm.cli.session import run_session
+
+            run_session(self)
+        else:
+            self.answer_lines(source or "-", output)
+
+
+EXAMPLE = {
+    "fill": 'glm fill "The capital of France is [MASK]."',
+    "generate": 'glm generate "Once upon a time"',
+}
+
+
+def answer_places(text: str, result: Any) -> list[tuple[int, int]]:
+    """Where in the text of a result the model's own words stand: ``[start, end)`` of each."""
+    if hasattr(result, "spans"):
+        return [(span.start, span.end) for span in result.spans]
+    before, after = around_blank(text)
+    return [(len(before), len(result.text) - len(after))]
+
+
+def around_blank(text: str) -> tuple[str, str]:
+    """What stands before and behind the one blank of a text; without a blank all stands before it."""
+    from openglm.infilling import split_text
+
+    pieces = split_text(text)
+    return pieces[0], pieces[2] if len(pieces) > 1 else ""
+
+
+def show_stream(glm: GLM, text: str, settings: dict[str, Any]) -> None:
+    """The text, and the answer piece by piece in colour, to stdout."""
+    before, after = around_blank(text)
+    pieces = glm.stream(text, **settings)  # whatever is wrong with the text is said before any of it is shown
+    console.write(console.printable(before, sys.stdout), end="")
+    for piece in pieces:
+        console.write(console.paint(console.printable(piece, sys.stdout), console.ANSWER, sys.stdout), end="")
+    console.write(console.printable(after, sys.stdout))
+
+
+@contextmanager
+def as_options() -> Iterator[None]:
+    """Names an option as it is typed: ``num_beams`` in an ``OpenGLMError`` becomes ``--num-beams``."""
+    try:
+        yield
+    except OpenGLMError as error:
+        if error.key:
+            error.message = error.message.replace(f"`{error.key}`", f"`--{error.key.replace('_', '-')}`")
+        raise

@@ -1,0 +1,95 @@
+"""The options that `glm fill` and `glm generate` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openglm.cli.models import complete_model
+
+_MODEL, _SEARCH, FILES = "Model", "Search", "Input and output"
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Bundled name or model folder.", autocompletion=complete_model)
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Bundled name, model folder, or hub id with --download.",
+        autocompletion=complete_model,
+        rich_help_panel=_MODEL,
+    ),
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch MODEL from the Hugging Face hub.", rich_help_panel=_MODEL)]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps ...", rich_help_panel=_MODEL)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16 or float16; default float32 on a CPU, the checkpoint's elsewhere.",
+        autocompletion=lambda incomplete: [d for d in ("float32", "bfloat16", "float16") if d.startswith(incomplete)],
+        rich_help_panel=_MODEL,
+    ),
+]
+
+MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens (64).", rich_help_panel=_SEARCH)]
+MinTokens = Annotated[int | None, typer.Option(metavar="N", help="Shortest answer in tokens.", rich_help_panel=_SEARCH)]
+NumBeams = Annotated[int | None, typer.Option(metavar="N", help="Beam search with N beams.", rich_help_panel=_SEARCH)]
+LengthPenalty = Annotated[
+    float | None, typer.Option(metavar="X", help="Of beam search; larger favours longer.", rich_help_panel=_SEARCH)
+]
+NoRepeat = Annotated[
+    int | None,
+    typer.Option("--no-repeat-ngram-size", metavar="N", help="No run of N tokens twice.", rich_help_panel=_SEARCH),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Draw the tokens; lower is safer.", rich_help_panel=_SEARCH),
+]
+TopK = Annotated[int | None, typer.Option(metavar="N", help="Draw from the N likeliest.", rich_help_panel=_SEARCH)]
+TopP = Annotated[
+    float | None, typer.Option(metavar="X", help="Draw from the likeliest that make up X.", rich_help_panel=_SEARCH)
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(metavar="X", help="Above 1 avoids tokens that stand already.", rich_help_panel=_SEARCH)
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.", rich_help_panel=_SEARCH)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End an answer before this; may be repeated.", rich_help_panel=_SEARCH),
+]
+
+Input = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        "-i",
+        metavar="FILE|-",
+        help='One text a line, or JSON lines with "text" and, if you like, "id".',
+        rich_help_panel=FILES,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE.jsonl",
+        help="Write JSON lines here; the same command goes on after an interruption.",
+        rich_help_panel=FILES,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(metavar="N", help="Texts of --input that are answered at once.", rich_help_panel=FILES)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a text.", rich_help_panel=FILES)]
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """The settings that were given; the others keep the defaults of ``SamplingSettings``."""
+    if settings.get("stop") is not None:
+        settings["stop"] = tuple(settings["stop"])
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,0 +1,1 @@
+"""Text in, text out: ``glm`` (the class ``GLM``, ``load``), ``engine``, ``cache``, ``sampling``, ``beam``, ``results``."""

@@ -1,0 +1,139 @@
+"""From files to batches: what is read, what is refused, and samples that depend on nothing but their number."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import zstandard
+
+from openglm.data.loader import make_batch
+from openglm.data.mixture import Mixture, Objectives
+from openglm.data.readers import read_documents
+from openglm.data.shards import open_shards, write_shards
+from openglm.errors import DataError
+from openglm.infilling import NO_TARGET
+from openglm.tokenizers import load_tokenizer
+
+
+def test_every_kind_of_file_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "x", "source": "s", "text": "one"}\n\n{"prompt": "p", "answer": "a"}\n')
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress('{"text": "二"}\n'.encode()))
+    (tmp_path / "c.txt").write_text("three\nlines")
+    found = list(read_documents([tmp_path]))
+    assert [d.text for d in found] == ["one", "p", "二", "three\nlines"]
+    assert [d.answer for d in found] == [None, "a", None, None]
+    assert found[0].id == "x" and found[0].source == "s"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("bad.jsonl", b'{"text": "x"}\n{oops\n', "bad.jsonl` line 2 is not valid JSON"),
+        ("bad.jsonl", b'{"title": "x"}\n', "line 1 has no `text`"),
+        ("bad.jsonl", b'{"text": "\xff"}\n', "line 1 is not valid UTF-8"),
+        ("bad.txt", b"\xff\xfe", "bad.txt` is not valid UTF-8"),
+        ("bad.jsonl.zst", b"not zstd", "not valid zstd"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        list(read_documents([tmp_path / name]))
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(DataError, match="there is no file or folder"):
+        list(read_documents([tmp_path / "nowhere"]))
+    with pytest.raises(DataError, match="no training text"):
+        list(read_documents([tmp_path]))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, tiny_corpus, tiny_tokenizer_path):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards([tiny_corpus], folder, tiny_tokenizer_path, workers=1)
+    return open_shards(folder, tiny_tokenizer_path)
+
+
+def test_shards_hold_the_documents(shards, tiny_corpus, tiny_tokenizer_path):
+    tokenizer = load_tokenizer(tiny_tokenizer_path)
+    for shard in shards:
+        documents = list(read_documents(tiny_corpus.glob(f"{shard.info.name}.*")))
+        if shard.info.kind == "text":
+            texts = [d.text for d in documents]
+            assert all(shard.document(i)[-1] == tokenizer.special_tokens["eos"] for i in range(len(texts)))
+        else:
+            texts = [part for d in documents for part in (d.text, d.answer)]
+        assert [tokenizer.decode(shard.document(i).tolist()) for i in range(shard.info.documents)] == texts
+        assert shard.info.bytes == sum(len((text or "").encode()) for text in texts)
+    assert {s.info.name: s.info.language for s in shards}["zh"] == "zh"
+    assert {s.info.name: s.info.language for s in shards}["en"] == "en"
+
+
+def test_damaged_and_foreign_shards_are_refused(tmp_path, tiny_corpus, tiny_tokenizer_path):
+    write_shards([tiny_corpus], tmp_path, tiny_tokenizer_path, workers=1)
+    foreign = tmp_path / "other.model"
+    foreign.write_bytes(b"x")
+    with pytest.raises(DataError, match="made by another tokenizer"):
+        open_shards(tmp_path, foreign)
+    (tmp_path / "en.tokens").write_bytes(b"1234")
+    with pytest.raises(DataError, match=r"en\.tokens` holds 2 tokens"):
+        open_shards(tmp_path)
+    (tmp_path / "shards.json").unlink()
+    with pytest.raises(DataError, match="no token shards"):
+        open_shards(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mixture(shards, tiny_tokenizer_path):
+    objectives = Objectives(window=64, long_window=128, long_share=0.2, short_share=0.2, single_span_share=0.1)
+    return Mixture(shards, load_tokenizer(tiny_tokenizer_path), objectives, seed=7, weights={"zh": 2.0})
+
+
+def test_samples_depend_on_their_number_only(mixture):
+    forwards = [mixture.sample(i) for i in range(50)]
+    backwards = [mixture.sample(i) for i in reversed(range(50))][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        assert a.layout.tokens.tolist() == b.layout.tokens.tolist()
+        assert a.layout.targets.tolist() == b.layout.targets.tolist()
+        assert (a.objective, a.language) == (b.objective, b.language)
+
+
+def test_samples_fit_their_windows_and_have_the_right_shares(mixture):
+    samples = [mixture.sample(i) for i in range(3000)]
+    special = mixture.special
+    for s in samples:
+        tokens, targets = s.layout.tokens, s.layout.targets
+        assert len(tokens) <= (128 if s.objective == "[gMASK]" else 64)
+        assert (targets != NO_TARGET).any() and (targets[: s.layout.context] == NO_TARGET).all()
+        mask = special["[MASK]"] if s.objective in ("[MASK]", "instruction") else special["[gMASK]"]
+        assert (tokens[: s.layout.context] == mask).any()
+        if s.objective == "[MASK]":  # an end of text is never masked, and closes part A as in inference
+            assert special["eos"] not in targets and tokens[s.layout.context - 1] == special["eos"]
+    text = [s for s in samples if s.objective != "instruction"]
+    assert abs(np.mean([s.objective == "[gMASK]" for s in text]) - 0.7) < 0.04
+    tokens = sum(len(s.layout) for s in samples)
+    assert abs(sum(len(s.layout) for s in samples if s.objective == "instruction") / tokens - 0.05) < 0.015
+
+
+def test_a_batch_holds_each_of_its_samples_once(mixture):
+    batch = make_batch(mixture, 20, 24, micro_tokens=256)
+    expected = sorted(tuple(mixture.sample(20 + i).layout.tokens.tolist()) for i in range(24))
+    found = []
+    targets = 0
+    for micro in batch.micro_batches:
+        b = micro.batch
+        assert b.tokens.numel() <= 256 or len(b.tokens) == 1
+        targets += int((b.targets != NO_TARGET).sum())
+        found += [tuple(row[valid].tolist()) for row, valid in zip(b.tokens, b.valid, strict=True)]
+    assert sorted(found) == expected
+    assert batch.targets == targets and batch.tokens == sum(map(len, expected))
+
+
+def test_instructions_and_text_in_one_file_are_refused(tmp_path, tiny_tokenizer_path):
+    rows = [{"text": "plain"}, {"prompt": "p", "answer": "a"}]
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="mixes instructions"):
+        write_shards([tmp_path], tmp_path / "out", tiny_tokenizer_path, workers=1)

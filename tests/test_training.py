@@ -1,0 +1,260 @@
+"""The training wing: recipes, the step against its plain twin, and runs that go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openglm.checkpoints import open_model
+from openglm.config import ModelConfig
+from openglm.data.loader import make_batch
+from openglm.data.mixture import Mixture, Objectives
+from openglm.data.shards import open_shards, write_shards
+from openglm.errors import CheckpointError, ConfigError
+from openglm.infilling import NO_TARGET, Batch
+from openglm.models.glm130b import GLM130B
+from openglm.tokenizers import load_tokenizer
+from openglm.training.recipe import Recipe, learning_rate, read_recipe
+from openglm.training.run import train
+from openglm.training.snapshots import newest_snapshot
+from openglm.training.step import MasterWeights, make_optimizer, train_step
+from openglm.training.validation import bits_per_byte
+
+TINY = (
+    "model.changes={num_layers=2,vocab_size=640,hidden_size=32,num_attention_heads=2,inner_hidden_size=64,max_sequence_length=128}",
+    "objectives.window=64",
+    "objectives.long_window=128",
+    "run.batch_size=4",
+    "run.micro_tokens=256",
+    "run.validation_windows=2",
+    "run.snapshot_every=3",
+    "run.validate_every=5",
+    "run.log_every=1",
+    "run.precision=float32",
+    "optimizer.learning_rate=0.01",
+    "optimizer.warmup_samples=8",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_corpus, tiny_tokenizer_path):
+    folder = tmp_path_factory.mktemp("prepared")
+    write_shards([tiny_corpus], folder, tiny_tokenizer_path, workers=1)
+    return folder
+
+
+@pytest.fixture
+def recipe(prepared, tiny_tokenizer_path):
+    def make(*changes: str) -> Recipe:
+        data = (f'data.corpus="{prepared}"', f'data.tokenizer="{tiny_tokenizer_path}"')
+        return read_recipe(None, [*TINY, *data, *changes])
+
+    return make
+
+
+# --- recipes
+
+
+def test_recipes_of_the_repository_are_valid(request):
+    recipes = sorted((request.config.rootpath / "recipes").glob("*.toml"))
+    assert recipes
+    for path in recipes:
+        assert read_recipe(path).model.config().parameter_count > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("run.sample=3", "did you mean `samples`"),
+        ("runn.samples=3", "did you mean `run`"),
+        ("run.samples=many", "`run.samples` is 'many'"),
+        ("run.samples=0", "must be at least 1"),
+        ("run.precision=float8", "run.precision"),
+        ("model.preset=nanno", "did you mean `nano`"),
+        ("objectives.window=4096", "the model's context of 1024"),
+        ("samples", "section.key=value"),
+    ],
+)
+def test_bad_recipes_name_the_key(change, words):
+    with pytest.raises(ConfigError, match=words):
+        read_recipe(None, [change])
+
+
+def test_a_bad_recipe_file_is_named(tmp_path):
+    path = tmp_path / "r.toml"
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .*r\.toml"):
+        read_recipe(path)
+    path.write_text("[run\n")
+    with pytest.raises(ConfigError, match=r"r\.toml` is not valid TOML"):
+        read_recipe(path)
+    path.write_text("[run]\nsample = 3\n")
+    with pytest.raises(ConfigError, match=r"r\.toml`: a recipe has no key `run.sample`"):
+        read_recipe(path)
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine(recipe):
+    r = recipe("run.samples=1008", "optimizer.least_learning_rate=0.001")
+    assert learning_rate(r, 0) < learning_rate(r, 4) < learning_rate(r, 8)
+    assert learning_rate(r, 8) == pytest.approx(0.01)
+    assert learning_rate(r, 508) == pytest.approx((0.01 + 0.001) / 2)
+    assert learning_rate(r, 1008) == pytest.approx(0.001) and learning_rate(r, 5000) == pytest.approx(0.001)
+
+
+# --- the step
+
+
+def small_mixture(prepared, tokenizer_path):
+    shards = [s for s in open_shards(prepared) if not s.info.name.startswith("validation")]
+    return Mixture(shards, load_tokenizer(tokenizer_path), Objectives(window=64, long_window=64), seed=1)
+
+
+def test_the_step_is_one_adamw_update_of_the_mean_loss(recipe, prepared, tiny_tokenizer_path):
+    r = recipe("optimizer.clip_norm=0.05", "run.samples=100")
+    config = r.model.config()
+    mixture = small_mixture(prepared, tiny_tokenizer_path)
+    batch = make_batch(mixture, 16, 6, micro_tokens=128)
+    assert len(batch.micro_batches) > 1
+    network = GLM130B(config).initialize(3)
+    weights = MasterWeights(network, "float32")
+    result = train_step(network, weights, make_optimizer(weights, r), batch, r)
+
+    # The twin: all samples in one batch, every row through the vocabulary, plain AdamW.
+    twin = GLM130B(config).initialize(3)
+    whole = Batch.stack([mixture.sample(16 + i).layout for i in range(6)])
+    assert whole.targets is not None
+    logits = twin(whole.tokens, whole.positions, whole.mask)
+    loss = F.cross_entropy(logits.flatten(0, 1), whole.targets.flatten(), ignore_index=NO_TARGET)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+    o = r.optimizer
+    groups = [
+        {"params": [p for p in twin.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
+        {"params": [p for p in twin.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(groups, lr=learning_rate(r, 16), betas=o.betas, eps=o.epsilon).step()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert result.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
+    assert sum(count for _, count in result.groups.values()) == batch.targets
+    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_bfloat16_keeps_exact_master_weights(recipe, prepared, tiny_tokenizer_path):
+    r = recipe("optimizer.learning_rate=1e-6", "optimizer.warmup_samples=1")
+    network = GLM130B(r.model.config()).initialize(3)
+    before = [p.detach().clone() for p in network.parameters()]
+    weights = MasterWeights(network, "bfloat16")
+    assert all(torch.equal(a, b) for a, b in zip(before, weights.master, strict=True))
+    batch = make_batch(small_mixture(prepared, tiny_tokenizer_path), 16, 4, micro_tokens=256)
+    train_step(network, weights, make_optimizer(weights, r), batch, r)
+    # An update below bfloat16's resolution is kept in the master weights, and the working copy is their rounding.
+    assert any((a != b).any() for a, b in zip(before, weights.master, strict=True))
+    for master, working in zip(weights.master, weights.working, strict=True):
+        assert working.dtype == torch.bfloat16 and torch.equal(master.bfloat16(), working)
+
+
+# --- runs
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def stable(row):
+    return {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
+
+
+def test_a_run_learns_and_its_checkpoint_opens(recipe, tmp_path):
+    folder = train(recipe("run.samples=160", "run.precision=bfloat16"), tmp_path, log=lambda _: None)
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+    source = open_model(folder)
+    assert source.config.learned_masks == ("[MASK]", "[gMASK]")
+    assert source.tensor("word_embeddings.weight").dtype == torch.float16
+    assert rows(tmp_path)[-1]["bits_per_byte"].keys() == {"en", "zh"}
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path):
+    train(recipe("run.samples=40"), tmp_path / "whole", log=lambda _: None)
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_step_5(progress, result, speed):
+        if progress.steps == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe("run.samples=40"), tmp_path / "halted", log=lambda _: None, watch=stop_at_step_5)
+    said: list[str] = []
+    train(recipe("run.samples=40"), tmp_path / "halted", log=said.append)
+    assert any("resumed from `samples-0000000012`" in line for line in said)
+    whole = {row["step"]: stable(row) for row in rows(tmp_path / "whole")}
+    halted = {row["step"]: stable(row) for row in rows(tmp_path / "halted")}
+    for step in range(6, 11):  # step 5 validated in one run only after its metrics were due
+        assert whole[step]["loss"] == halted[step]["loss"] and whole[step]["gradient_norm"] == halted[step]["gradient_norm"]
+    for name in open_model(tmp_path / "whole/model").names():
+        a, b = (open_model(tmp_path / run / "model").tensor(name) for run in ("whole", "halted"))
+        assert torch.equal(a, b), name
+
+
+def test_a_damaged_snapshot_is_passed_over(recipe, tmp_path):
+    train(recipe("run.samples=24"), tmp_path, log=lambda _: None)
+    found = newest_snapshot(tmp_path / "snapshots")
+    assert found is not None and found[0].name == "samples-0000000024"
+    file = found[0] / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    found = newest_snapshot(tmp_path / "snapshots")
+    assert found is not None and found[0].name == "samples-0000000012"
+    shutil.rmtree(found[0])
+    assert newest_snapshot(tmp_path / "snapshots") is None
+
+
+def test_a_snapshot_of_another_network_is_refused(recipe, tmp_path):
+    train(recipe("run.samples=4"), tmp_path, log=lambda _: None)
+    wider = TINY[0].replace("hidden_size=32", "hidden_size=64", 1)
+    with pytest.raises(CheckpointError, match="is of another network"):
+        train(recipe("run.samples=8", wider), tmp_path, log=lambda _: None)
+    train(recipe("run.samples=8", wider), tmp_path, fresh=True, log=lambda _: None)
+
+
+def test_a_run_starts_from_a_checkpoint(recipe, tmp_path):
+    first = train(recipe("run.samples=40"), tmp_path / "first", log=lambda _: None)
+    rate = "optimizer.learning_rate=0.0"
+    least = "optimizer.least_learning_rate=0.0"
+    second = train(recipe("run.samples=4", f'model.initial="{first}"', rate, least), tmp_path / "second", log=lambda _: None)
+    for name in open_model(first).names():
+        assert torch.equal(open_model(first).tensor(name), open_model(second).tensor(name))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(recipe, tmp_path):
+    small = TINY[0].replace("vocab_size=640", "vocab_size=64")
+    with pytest.raises(ConfigError, match="more than the network's vocabulary of 64"):
+        train(recipe(small), tmp_path, log=lambda _: None)
+
+
+# --- validation
+
+
+def test_bits_per_byte_is_the_sum_over_windows(tiny_tokenizer_path):
+    tokenizer = load_tokenizer(tiny_tokenizer_path)
+    config = ModelConfig(2, 32, 2, 64, vocab_size=tokenizer.vocab_size, max_sequence_length=64)
+    network = GLM130B(config).initialize(0).eval()
+    document = np.asarray(tokenizer.encode("The cat sat on the mat. 今天天气很好。" * 2))[:40]
+    expected = 0.0
+    for start in range(0, len(document), 16):
+        piece = document[start : start + 16].tolist()
+        ids = torch.tensor([[config.special_tokens["[gMASK]"], config.special_tokens["sop"], *piece]])
+        causal = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        log_p = network(ids, torch.arange(ids.shape[1])[None], causal).double().log_softmax(-1)
+        expected -= sum(log_p[0, 1 + k, token].item() for k, token in enumerate(piece))
+    size = len(tokenizer.decode(document.tolist()).encode())
+    found = bits_per_byte(network, [document], tokenizer, window=16)
+    assert found == pytest.approx(expected / np.log(2) / size, rel=1e-5)
