@@ -111,6 +111,8 @@ app.add_typer(tokenizer.app, name="tokenizer")
 def main() -> None:
     """Run `glm` with the arguments of the process."""
     console.use_utf8()
+    # Threads of torch wait for each other by spinning; on a busy machine that takes ten times as long as the work.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app(prog_name="glm")
     except SystemExit as exit_:
