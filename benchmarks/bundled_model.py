@@ -272,6 +272,18 @@ def card(report: Mapping, fills: Sequence[str], generations: Sequence[str]) -> s
     )
 
 
+def verdict(new: Mapping, old: Mapping) -> str:
+    """Whether a model may replace an earlier one: fewer bits per byte in both languages, and more exact fills."""
+    if new["blanks"]["sha256"] != old["blanks"]["sha256"]:
+        return "not comparable: the blanks are not the same"
+    if not new["bits_per_byte"] or not old["bits_per_byte"]:
+        return "not comparable: bits per byte were not measured"
+    better = [new["bits_per_byte"][name] < old["bits_per_byte"][name] for name in LANGUAGES]
+    exact = [sum(row["exact"] for row in report["blanks"]["by_language"].values()) for report in (new, old)]
+    allowed = all(better) and exact[0] > exact[1]
+    return f"{'may' if allowed else 'must not'} replace it ({exact[0]} against {exact[1]} exact fills)"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -329,6 +341,9 @@ def main() -> int:
     parser.add_argument("--no-bits", action="store_true", help="blanks and samples only: bits per byte take minutes")
     parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures into a file")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="figures of an earlier model: say whether this one may replace it"
+    )
     parser.add_argument("--card", type=Path, metavar="FILE", help="write figures and samples as markdown into a file")
     arguments = parser.parse_args()
     try:
@@ -342,6 +357,8 @@ def main() -> int:
     print(measures_table(report))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if arguments.against:
+        print(verdict(report, json.loads(arguments.against.read_text(encoding="utf-8"))))
     if arguments.card:
         arguments.card.write_text(text, encoding="utf-8")
     return 0

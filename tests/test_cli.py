@@ -412,14 +412,37 @@ def test_unreadable_and_invalid_files() -> None:
         assert "`in.jsonl` line 2" in refuse("fill", "--input", "in.jsonl")
 
 
+def test_names_that_cannot_be_looked_at(tiny: Path) -> None:
+    long = "a" * 300
+    for name in (long, "~nobody-has-this-name/x", ""):
+        for command in (["fill", "a [MASK]", "-m"], ["info"], ["convert", "--dtype", "keep"]):
+            refuse(*command, name, *(["copy"] if command[0] == "convert" else []))
+    write_inputs(1)
+    for command in (
+        ["fill", "--input", "texts.jsonl", "--output"],
+        ["convert", tiny],
+        ["tokenizer", "train", "texts.jsonl", "--out"],
+    ):
+        assert "the name is too long" in refuse(*command, long)
+
+
+def test_closed_streams(tiny: Path) -> None:
+    glm, model = shlex.quote(str(GLM)), shlex.quote(str(tiny))
+    done = subprocess.run(["bash", "-c", f"{glm} fill -m {model} <&-"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "standard input holds no text" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(["bash", "-c", f"{glm} info {model} >&-"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_inputs(2)
     job = ("fill", "--input", "texts.jsonl", "--max-tokens", "2", "--output")
     assert "`/dev/full`: the disk is full" in refuse(*job, "/dev/full")
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([GLM, "info", str(tiny)], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
+    for command in (["info", str(tiny)], ["--help"], ["fill", "a [MASK]", "-m", str(tiny), "--show-layout"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([GLM, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2 and done.stderr.count("the disk is full") == 1 and "Traceback" not in done.stderr
 
     def fsync(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -625,3 +648,4 @@ def test_train(tiny_tokenizer: UnigramTokenizer) -> None:
     assert "no snapshot" in refuse(*command, "--out", "empty", "--resume")
     assert "exclude" in refuse(*command, "--fresh", "--resume")
     assert "missing.toml" in refuse("train", "missing.toml")
+    assert "no device `moon`" in refuse(*command, "--out", "empty", "--set", "run.device=moon")

@@ -11,7 +11,7 @@ import zstandard
 from openglm.data.loader import make_batch
 from openglm.data.mixture import Mixture, Objectives
 from openglm.data.readers import read_documents
-from openglm.data.shards import open_shards, write_shards
+from openglm.data.shards import check_sources, open_shards, write_shards
 from openglm.errors import DataError
 from openglm.infilling import NO_TARGET
 from openglm.tokenizers import load_tokenizer
@@ -132,8 +132,30 @@ def test_a_batch_holds_each_of_its_samples_once(mixture):
     assert batch.targets == targets and batch.tokens == sum(map(len, expected))
 
 
+def test_empty_files_and_tiny_documents(tmp_path, tiny_tokenizer_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "tiny.jsonl").write_text('{"text": "a"}\n' * 3)
+    tokenizer = load_tokenizer(tiny_tokenizer_path)
+    write_shards([tmp_path], tmp_path / "out", tiny_tokenizer_path, workers=1)
+    with pytest.raises(DataError, match="no document of 4 tokens"):
+        Mixture(open_shards(tmp_path / "out"), tokenizer, Objectives(), seed=1)
+    (tmp_path / "text.jsonl").write_text('{"text": "The cat sat on the mat."}\n')
+    write_shards([tmp_path], tmp_path / "more", tiny_tokenizer_path, workers=1)
+    samples = Mixture(open_shards(tmp_path / "more"), tokenizer, Objectives(), seed=1)
+    assert all(len(samples.sample(i).layout) >= 4 for i in range(20))
+
+
 def test_instructions_and_text_in_one_file_are_refused(tmp_path, tiny_tokenizer_path):
-    rows = [{"text": "plain"}, {"prompt": "p", "answer": "a"}]
+    rows = [{"text": "plain"}, {"text": "and more"}, {"prompt": "p", "answer": "a"}]
     (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match="mixes instructions"):
         write_shards([tmp_path], tmp_path / "out", tiny_tokenizer_path, workers=1)
+
+
+def test_changed_text_is_noticed(tmp_path, tiny_tokenizer_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    write_shards([tmp_path / "a.jsonl"], tmp_path / "out", tiny_tokenizer_path, workers=1)
+    check_sources([tmp_path / "a.jsonl"], tmp_path / "out")
+    (tmp_path / "a.jsonl").write_text('{"text": "one more"}\n')
+    with pytest.raises(DataError, match="has changed since the shards"):
+        check_sources([tmp_path / "a.jsonl"], tmp_path / "out")

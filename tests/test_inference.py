@@ -17,8 +17,8 @@ from openglm import bundled
 from openglm.checkpoints import save_checkpoint
 from openglm.config import ModelConfig
 from openglm.errors import InputError, ModelNotFoundError, TokenizerError, UnlearnedMaskError
-from openglm.inference.sampling import SamplingSettings
-from openglm.inference.writing import Answer
+from openglm.inference.sampling import SamplingSettings, make_generator
+from openglm.inference.writing import Answer, Draft
 from openglm.infilling import Batch, blank_sample, encode_text
 from openglm.models.glm130b import GLM130B
 from openglm.tokenizers import load_tokenizer
@@ -190,6 +190,19 @@ def answer_of(text: str, stop: tuple[str, ...] = (), before: str = "x") -> tuple
     return [*pieces, answer.flush()], answer
 
 
+def test_a_stopped_answer_brings_its_blank_along(tokenizer):
+    # The next blank sees "The king had a hat", not "The kinghad a hat".
+    text = "The king [MASK] a hat [MASK]."
+    draft = Draft(text, encode_text(text, tokenizer), tokenizer, make_generator(0))
+    answer = Answer(tokenizer, ("!",), draft.before)
+    for token in tokenizer.encode(" had!"):
+        if not answer.finished:
+            answer.push(token, -1.0, False)
+    draft.place(answer, "[MASK]", draft.mask_index(tokenizer.special_tokens))
+    assert (answer.text, answer.finish_reason) == ("had", "stop")
+    assert tokenizer.decode(draft.ids) == "The king had a hat."
+
+
 def test_what_may_begin_a_stop_string_is_held_back():
     pieces, answer = answer_of("ababac!", stop=("abac",))
     assert pieces == ["", "", "", "ab", "", "", ""]
@@ -303,6 +316,9 @@ def test_results_become_json(glm):
         (lambda glm: glm.stream("a [MASK] b [MASK]"), "one blank"),
         (lambda glm: glm.score("a [MASK]", []), "choices"),
         (lambda glm: glm.score("a [MASK]", ["b", ""]), "empty"),
+        (lambda glm: glm.score("a [MASK]", [3]), "choices"),
+        (lambda glm: glm.fill_ids([9, 3], length_penalty=float("nan")), "`length_penalty`.*nan"),
+        (lambda glm: glm.fill_ids([9, 3.5]), "whole numbers"),
         (lambda glm: glm.score("a [MASK]", ["b " * 200]), "context of 96"),
     ],
 )

@@ -19,6 +19,7 @@ from openglm.errors import CheckpointError, ConfigError
 from openglm.infilling import NO_TARGET, Batch
 from openglm.models.glm130b import GLM130B
 from openglm.tokenizers import load_tokenizer
+from openglm.training.head_start import give_head_start
 from openglm.training.recipe import Recipe, learning_rate, read_recipe
 from openglm.training.run import train
 from openglm.training.snapshots import newest_snapshot
@@ -75,6 +76,9 @@ def test_recipes_of_the_repository_are_valid(request):
         ("run.samples=many", "`run.samples` is 'many'"),
         ("run.samples=0", "must be at least 1"),
         ("run.precision=float8", "run.precision"),
+        ("run.log_every=0", "`run.log_every` is 0"),
+        ("objectives.mean_span=0", "`objectives.mean_span` is 0"),
+        ("objectives.generation_share=1.5", "`objectives.generation_share` is 1.5"),
         ("model.preset=nanno", "did you mean `nano`"),
         ("objectives.window=4096", "the model's context of 1024"),
         ("samples", "section.key=value"),
@@ -225,6 +229,14 @@ def test_a_snapshot_of_another_network_is_refused(recipe, tmp_path):
     train(recipe("run.samples=8", wider), tmp_path, fresh=True, log=lambda _: None)
 
 
+def test_a_resumed_run_says_what_changed(recipe, tmp_path):
+    train(recipe("run.samples=4"), tmp_path, log=lambda _: None)
+    said: list[str] = []
+    train(recipe("run.samples=8", "optimizer.clip_norm=0.5"), tmp_path, log=said.append)
+    assert "changed since then: optimizer.clip_norm: 1.0 -> 0.5" in said
+    assert "changed since then: run.samples: 4 -> 8" in said
+
+
 def test_a_run_starts_from_a_checkpoint(recipe, tmp_path):
     first = train(recipe("run.samples=40"), tmp_path / "first", log=lambda _: None)
     rate = "optimizer.learning_rate=0.0"
@@ -258,3 +270,28 @@ def test_bits_per_byte_is_the_sum_over_windows(tiny_tokenizer_path):
     size = len(tokenizer.decode(document.tolist()).encode())
     found = bits_per_byte(network, [document], tokenizer, window=16)
     assert found == pytest.approx(expected / np.log(2) / size, rel=1e-5)
+
+
+# --- the head start
+
+
+def test_the_head_start_is_the_frequency_of_each_token_and_leaves_the_layers_alone():
+    config = ModelConfig(2, 32, 2, 64, vocab_size=640, max_sequence_length=64)
+    counts = np.random.default_rng(0).zipf(1.5, 640).clip(max=10_000)
+    network = GLM130B(config).initialize(0)
+    give_head_start(network, counts, embedding_scale=1e-6)  # so that nothing else speaks
+    tokens = torch.randint(0, 640, (2, 12))
+    positions = torch.arange(12).expand(2, 12)
+    log_p = network(tokens, positions).log_softmax(-1)
+    expected = torch.from_numpy(np.log((counts + 0.5) / (counts + 0.5).sum())).float()
+    torch.testing.assert_close(log_p, expected.expand_as(log_p), rtol=0, atol=1e-3)
+    # The layers do not see the coordinate that holds it.
+    first = network.layers["0"].input_layernorm(network.word_embeddings(tokens))
+    assert first[..., 0].abs().max() == 0
+
+
+def test_a_run_with_a_head_start_begins_below_chance(recipe, tmp_path):
+    plain, ahead = tmp_path / "plain", tmp_path / "ahead"
+    train(recipe("run.samples=4"), plain, log=lambda _: None)
+    train(recipe("run.samples=4", "model.head_start=true", "model.embedding_scale=0.5"), ahead, log=lambda _: None)
+    assert rows(ahead)[0]["loss"] < rows(plain)[0]["loss"] - 0.3

@@ -26,6 +26,7 @@ _REASONS = {
     errno.EACCES: ("permission denied", "choose a folder that you may write, or change its rights"),
     errno.EPERM: ("permission denied", "choose a folder that you may write, or change its rights"),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another folder"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
     errno.EIO: ("the disk reported an input/output error", "check the disk, then run the same command again"),
 }
 
@@ -34,6 +35,11 @@ def storage_error(path: str | Path, error: OSError, action: str = "write") -> St
     """One sentence for an ``OSError``: which file, why, and the way out."""
     reason, hint = _REASONS.get(error.errno or 0, (error.strerror or str(error), None))
     return StorageError(f"cannot {action} `{path}`: {reason}", hint=hint, path=path)
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether the disk refused for a reason that a user can mend; anything else that comes unexpected is a bug."""
+    return error.errno in _REASONS
 
 
 def _sync_folder(folder: Path) -> None:

@@ -32,6 +32,7 @@ from openglm.checkpoints.loading import (
     load_into,
     load_network,
     network_from_state,
+    resolve_device,
 )
 from openglm.checkpoints.released import ReleasedCheckpoint, open_released, save_released
 from openglm.config import ModelConfig
@@ -51,6 +52,7 @@ __all__ = [
     "open_checkpoint",
     "open_model",
     "open_released",
+    "resolve_device",
     "save_checkpoint",
     "save_released",
 ]

@@ -89,6 +89,11 @@ class Checkpoint:
     def _file(self, path: Path) -> Any:
         if path.name not in self._open_files:
             try:
+                with open(path, "rb"):  # safetensors calls every refusal "No such file"
+                    pass
+            except OSError as error:
+                raise CheckpointError(f"cannot read `{path}`: {error.strerror}", path=path) from error
+            try:
                 self._open_files[path.name] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
                 raise _damaged(path, error) from error

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from openglm.checkpoints.format import DEFAULT_SHARD_BYTES, SavableTokenizer, check_shape, save_checkpoint
 from openglm.checkpoints.layout import dtype_name, expected_shapes, plain_name, resolve_dtype
 from openglm.config import ModelConfig
-from openglm.errors import CheckpointError
+from openglm.errors import CheckpointError, InputError
 from openglm.models.glm130b import GLM130B
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -96,6 +96,18 @@ def load_into(
         loaded = nn.Parameter(tensor.to(device=device, dtype=target), requires_grad=parameter.requires_grad)
         setattr(network.get_submodule(owner), leaf, loaded)
     return network
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device of a name; None: a GPU where there is one. Raises ``InputError`` for one that this machine lacks."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch: unknown name, or built without it
+        raise InputError(f"this machine has no device `{device}`", hint="use `cpu`", key="device") from error
+    return found
 
 
 class _WithoutInitialisation(TorchFunctionMode):

@@ -103,6 +103,13 @@ def output_error(error: OSError) -> StorageError:
     return StorageError(message, hint=hint)
 
 
+def open_closed() -> None:
+    """A stream that was closed (``<&-``, ``>&-``) becomes an empty one; what is written to it is lost, as was wished."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open as long as the program)
+
+
 def use_utf8() -> None:
     """Data is UTF-8 whatever the locale says; a terminal that cannot show a character gets a substitute."""
     for stream in (sys.stdout, sys.stderr):

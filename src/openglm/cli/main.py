@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from openglm.cli import console, convert, fill, generate, info, tokenizer, train
-from openglm.errors import InputError, OpenGLMError
+from openglm.errors import InputError, OpenGLMError, StorageError
+from openglm.storage import is_refusal, storage_error
 
 #: The parser's own errors: a wrong option, a missing argument.
 _UsageError = typer.BadParameter.__mro__[1]
@@ -43,11 +44,13 @@ class Commands(TyperGroup):
         try:
             code = super().main(*args, standalone_mode=False, **extra)
         except Exception as error:
-            if not isinstance(error, _UsageError):
+            if isinstance(error, OSError) and is_refusal(error):
+                console.show_error(_refused(error))
+            elif isinstance(error, _UsageError):
+                path = getattr(getattr(error, "ctx", None), "command_path", "glm")
+                console.show_error(InputError(_sentence(error), hint=f"`{path} --help` shows what is possible"))
+            else:
                 raise
-            context = getattr(error, "ctx", None)
-            path = getattr(context, "command_path", "glm")
-            console.show_error(InputError(_sentence(error), hint=f"`{path} --help` shows what is possible"))
             code = 2
         if not standalone_mode:
             return code
@@ -59,6 +62,14 @@ def _sentence(error: Any) -> str:
     if message.startswith("Got unexpected extra argument"):
         message += "; put a text that has blanks in quotes"
     return message[:1].lower() + message[1:]
+
+
+def _refused(error: OSError) -> StorageError:
+    """What the disk refused where no room had foreseen it: a path that may not be looked at, or help to a full disk."""
+    if error.filename is not None:
+        return storage_error(os.fsdecode(error.filename), error, "use")
+    _drop_stdout()
+    return console.output_error(error)
 
 
 def _drop_stdout() -> None:
@@ -110,6 +121,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 
 def main() -> None:
     """Run `glm` with the arguments of the process."""
+    console.open_closed()
     console.use_utf8()
     # Threads of torch wait for each other by spinning; on a busy machine that takes ten times as long as the work.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openglm.bundled import bundled_models, find_model
+from openglm.bundled import bundled_models, existing_path, find_model
 from openglm.cli import console
 from openglm.errors import ModelNotFoundError, StorageError
 from openglm.storage import storage_error
@@ -38,7 +38,7 @@ def model_path(model: str, *, download: bool = False) -> str:
 
     Raises ``ModelNotFoundError`` for a hub id without ``download`` and for one that cannot be had.
     """
-    if model in bundled_models() or Path(model).expanduser().exists():
+    if model in bundled_models() or existing_path(model) is not None:
         return model
     if not _HUB_ID.fullmatch(model):
         return model  # `load` knows the nearest name

@@ -11,9 +11,6 @@ from openglm.cli.models import complete_model
 
 _MODEL, _SEARCH, FILES = "Model", "Search", "Input and output"
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Bundled name or model folder.", autocompletion=complete_model)
-]
 Model = Annotated[
     str,
     typer.Option(

@@ -60,7 +60,10 @@ def train(
     run = out or Path("runs") / recipe.stem
     if resume and not any((run / "snapshots").glob("*")):
         raise InputError(f"`{run}` holds no snapshot to resume from", hint="leave --resume out to begin the run")
+    from openglm.checkpoints import resolve_device
     from openglm.training.run import train as run_training
+
+    resolve_device(read.run.device)  # told before the data is prepared
 
     with console.progress(read.run.samples, "samples") as bar:
 

@@ -18,6 +18,9 @@ from openglm.errors import DataError
 from openglm.infilling import Layout
 from openglm.tokenizers.base import Tokenizer
 
+#: Documents of fewer tokens, their eos included, are passed over.
+SHORTEST = 4
+
 
 @dataclass(frozen=True)
 class Objectives:
@@ -77,6 +80,9 @@ class Mixture:
         if not self.texts:
             raise DataError("the training data holds no running text")
         self._text_shares = self._shares(self.texts, weights or {})
+        drawn = [shard for shard, share in zip(self.texts, np.diff(self._text_shares, prepend=0.0), strict=True) if share > 0]
+        if not any((np.diff(shard.offsets) >= SHORTEST).any() for shard in drawn):
+            raise DataError(f"the training data holds no document of {SHORTEST} tokens or more")
         self._instruction_shares = self._shares(self.instructions, weights or {}) if self.instructions else None
         self._instruction_chance = 0.0
         if self.instructions and objectives.instruction_share > 0:
@@ -104,13 +110,22 @@ class Mixture:
             return self._instruction_sample(rng)
         return self._text_sample(rng)
 
+    def target_counts(self, samples: int, vocab_size: int) -> np.ndarray:
+        """How often each token is a target in the first samples, int64 ``[vocab_size]``."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for number in range(samples):
+            targets = self.sample(number).layout.targets
+            if targets is not None:
+                counts += np.bincount(targets[targets != infilling.NO_TARGET], minlength=vocab_size)
+        return counts
+
     def _text_sample(self, rng: np.random.Generator) -> Sample:
         o = self.objectives
         shard = self.texts[int(np.searchsorted(self._text_shares, rng.random(), side="right"))]
         # A document is drawn in proportion to its tokens (SPEC 3.4.2).
         place = int(rng.integers(shard.info.tokens))
         document = shard.document(int(np.searchsorted(shard.offsets, place, side="right")) - 1)
-        if len(document) < 4:
+        if len(document) < SHORTEST:
             return self._text_sample(rng)
         if rng.random() < o.generation_share:
             window = o.long_window if rng.random() < o.long_share else o.window
@@ -131,8 +146,6 @@ class Mixture:
             single=rng.random() < o.single_span_share,
         )
         tokens = self._cut(body, length, rng)
-        while spans.sum() + len(spans) > len(tokens) and len(spans) > 1:
-            spans = spans[:-1]  # the cut at a sentence border left less text
         starts = infilling.place_spans(len(tokens), spans, rng)
         text = np.append(tokens, self.special["eos"])
         order = rng.permutation(len(spans))

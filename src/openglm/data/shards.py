@@ -49,7 +49,8 @@ class Shard:
         self.info = info
         path = folder / f"{info.name}.tokens"
         try:
-            self.tokens = np.memmap(path, dtype=info.dtype, mode="r")
+            # An empty file cannot be mapped.
+            self.tokens = np.memmap(path, dtype=info.dtype, mode="r") if info.tokens else np.empty(0, info.dtype)
             self.offsets = np.fromfile(folder / f"{info.name}.offsets", dtype=np.int64)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read the token shard `{path}`: {error}", path=path) from error
@@ -78,14 +79,16 @@ def _write_shard(path: Path, folder: Path, tokenizer_path: Path) -> ShardInfo:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     eos = tokenizer.special_tokens["eos"]
     name, offsets, size, chinese = shard_name(path), [0], 0, []
-    kind = "text"
+    kinds: set[str] = set()
     with atomic_write(folder / f"{name}.tokens") as file:
         for number, document in enumerate(read_documents([path])):
             parts = [tokenizer.encode(document.text)]
+            kinds.add("text" if document.answer is None else "instructions")
+            if len(kinds) > 1:
+                raise DataError(f"`{path}` mixes instructions and running text", hint="put them into separate files", path=path)
             if document.answer is None:
                 parts[0].append(eos)
             else:
-                kind = "instructions"
                 parts.append(tokenizer.encode(document.answer))
             for part in parts:
                 file.write(np.asarray(part, dtype=dtype).tobytes())
@@ -93,12 +96,11 @@ def _write_shard(path: Path, folder: Path, tokenizer_path: Path) -> ShardInfo:
             size += len(document.text.encode()) + len((document.answer or "").encode())
             if number % 25 == 0:
                 chinese.append(_chinese_share(document.text[:2000]))
-    if kind == "instructions" and len(offsets) % 2 == 0:
-        raise DataError(f"`{path}` mixes instructions and running text", hint="put them into separate files", path=path)
     with atomic_write(folder / f"{name}.offsets") as file:
         file.write(np.asarray(offsets, dtype=np.int64).tobytes())
     language = "zh" if chinese and sum(chinese) / len(chinese) > 1 / 3 else "en"
     digest = sha256(folder / f"{name}.tokens")
+    kind = next(iter(kinds), "text")
     return ShardInfo(name, kind, language, len(offsets) - 1, offsets[-1], size, np.dtype(dtype).name, digest)
 
 
@@ -126,8 +128,24 @@ def write_shards(
                 log(f"{info.name}: {info.documents:,} documents, {info.tokens:,} tokens ({info.language})")
     infos.sort(key=lambda info: info.name)
     with atomic_write(folder / INDEX, "w") as file:
-        json.dump({"tokenizer_sha256": sha256(tokenizer), "shards": [asdict(info) for info in infos]}, file, indent=1)
+        index = {"tokenizer_sha256": sha256(tokenizer), "sources": _sources(files), "shards": [asdict(info) for info in infos]}
+        json.dump(index, file, indent=1)
     return infos
+
+
+def _sources(files: Iterable[Path]) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(files)}
+
+
+def check_sources(paths: Iterable[str | Path], folder: str | Path) -> None:
+    """Raise ``DataError`` if the files have other names or sizes than those the folder's shards were made from."""
+    found, files = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8")).get("sources"), find_files(paths)
+    if found is not None and found != _sources(files):
+        raise DataError(
+            f"the training text has changed since the shards in `{folder}` were made",
+            hint="remove that folder to tokenize it again, or give another --out",
+            path=folder,
+        )
 
 
 def open_shards(folder: str | Path, tokenizer: str | Path | None = None) -> list[Shard]:

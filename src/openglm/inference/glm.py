@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openglm.bundled import find_model
-from openglm.checkpoints import empty_network, load_into, network_from_state, open_model
+from openglm.checkpoints import empty_network, load_into, network_from_state, open_model, resolve_device
 from openglm.config import ModelConfig
 from openglm.errors import InputError, UnlearnedMaskError
 from openglm.inference.beam import beam_search
@@ -50,7 +51,11 @@ class GLM:
         dtype: str | torch.dtype = "float32",
         tokenizer: Tokenizer | None = None,
     ) -> GLM:
-        """A model from tensors under the released names (SPEC 4.3), with or without ``transformer.``."""
+        """A model from tensors under the released names (SPEC 4.3), with or without ``transformer.``; they are copied.
+
+        Raises ``CheckpointError`` naming a missing, unknown or misshaped tensor, ``ConfigError`` for a bad ``config``,
+        ``TokenizerError`` for a tokenizer of another model.
+        """
         config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         return cls(network_from_state(config, tensors, dtype).requires_grad_(False), tokenizer)
 
@@ -111,10 +116,11 @@ class GLM:
         """How likely each choice is at the one blank of a context (``[gMASK]`` is appended when there is none).
 
         All choices are read in one pass and do not see each other (SPEC 3.3). A choice stands as typed; behind a blank
-        (" [MASK]") it brings that blank along, as an answer does. End tokens are not counted.
+        (" [MASK]") it brings that blank along, as an answer does. End tokens are not counted. Raises
+        ``InputError`` for several blanks, no or an empty choice, and what does not fit the context; else as ``fill``.
         """
         tokenizer = self._need_tokenizer()
-        if isinstance(choices, str) or not choices:
+        if isinstance(choices, str) or not choices or not all(isinstance(choice, str) for choice in choices):
             raise InputError("`choices` must be a list of at least one text", key="choices")
         _refuse_several_blanks(context, "score")
         self._check_text(context)
@@ -162,12 +168,14 @@ class GLM:
 
         Returns, for each beam and best first, a list of answers, one for each blank, end token dropped. With several
         blanks only beam 0's answer goes on into the next one; beam i's list holds the i-th answer of each round.
+        Raises ``InputError`` for ids outside the vocabulary or without a blank, and where ``max_length`` leaves no room.
         """
         current = self._checked_ids(ids)
         if search not in ("greedy", "beam"):
             raise InputError(f'`search` must be "greedy" or "beam", not {search!r}', key="search")
         settings = SamplingSettings.of(
             num_beams=num_beams,
+            length_penalty=length_penalty,
             no_repeat_ngram_size=no_repeat_ngram_size,
             min_tokens=min_tokens,
             max_tokens=max(max_length, min_tokens, 1),
@@ -293,7 +301,10 @@ class GLM:
         return limit - length
 
     def _checked_ids(self, ids: Sequence[int]) -> list[int]:
-        checked = [int(token) for token in ids]
+        try:
+            checked = [operator.index(token) for token in ids]
+        except TypeError as error:
+            raise InputError("`ids` must be whole numbers", key="ids") from error
         for token in checked:
             if not 0 <= token < self.config.vocab_size:
                 raise InputError(f"id {token} is outside the vocabulary of {self.config.vocab_size}", key="ids")
@@ -302,7 +313,8 @@ class GLM:
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError(
-                "this model has no tokenizer, so it cannot read text", hint="load it with tokenizer=FILE, or use `fill_ids`"
+                "this model has no tokenizer, so it cannot read text",
+                hint="put the tokenizer's file into its folder, or load it with tokenizer=FILE",
             )
         return self.tokenizer
 
@@ -326,12 +338,13 @@ def load(
     there is one. ``dtype`` None: float32 on the CPU, as stored elsewhere. ``rotary_dtype`` and ``config`` replace what
     the folder says, ``tokenizer`` (a file, a folder or an object) the folder's own.
 
-    Raises ``ModelNotFoundError`` with the nearest bundled name, ``CheckpointError`` for a damaged or foreign folder.
+    Raises ``ModelNotFoundError`` with the nearest bundled name, ``CheckpointError`` for a damaged or foreign folder,
+    ``ConfigError`` or ``TokenizerError`` for what it holds, ``InputError`` for a dtype or device that cannot be used.
     """
     source = open_model(find_model(model), config)
     changes = {} if rotary_dtype is None else {"rotary_dtype": rotary_dtype}
     chosen = dataclasses.replace(source.config, **changes)
-    place = _device(device)
+    place = resolve_device(device)
     if dtype is None and place.type == "cpu":
         dtype = "float32"
     if isinstance(tokenizer, str | Path):
@@ -340,17 +353,6 @@ def load(
         tokenizer = load_tokenizer(source.tokenizer_path)
     network = load_into(empty_network(chosen), source, dtype, place)
     return GLM(network.eval().requires_grad_(False), tokenizer, source.notes)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch: unknown name, or built without it
-        raise InputError(f"this machine has no device `{device}`", hint="use `cpu`", key="device") from error
-    return found
 
 
 def _refuse_several_blanks(text: str, method: str) -> None:

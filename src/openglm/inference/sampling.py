@@ -33,6 +33,7 @@ class SamplingSettings:
     num_beams: int = 1
     """Above 1: beam search (SPEC 5.4), which is deterministic and has no use for the settings above."""
     length_penalty: float = 1.0
+    """Beam search: a score is divided by ((5 + length) / 6) to this power, prompt included; larger favours longer."""
     no_repeat_ngram_size: int = 0
     """Beam search: no answer repeats a run of so many tokens; 0 and 1 = off."""
     min_tokens: int = 0

@@ -52,6 +52,8 @@ class Answer:
         self._before = before
         self._held = ""
         self._begun = False
+        self.gap = ""
+        """The leading blank of the answer that stands in the user's text already; only its ids bring it along."""
         self.text = ""
         """What is certain so far, as it stands in the user's text."""
         self.tokens: list[int] = []
@@ -79,7 +81,8 @@ class Answer:
 
     def _take(self, piece: str) -> str:
         if piece and not self._begun:
-            piece, self._begun = place_answer(self._before, piece), True
+            placed, self._begun = place_answer(self._before, piece), True
+            self.gap, piece = piece.removesuffix(placed), placed
         text = self._held + piece
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -131,7 +134,7 @@ class Draft:
 
     def place(self, answer: Answer, kind: str, mask_index: int) -> None:
         """Put an answer into the next open blank."""
-        ids = answer.tokens if answer.finish_reason != "stop" else self._tokenizer.encode(answer.text)
+        ids = answer.tokens if answer.finish_reason != "stop" else self._tokenizer.encode(answer.gap + answer.text)
         self.ids = [*self.ids[:mask_index], *ids, *self.ids[mask_index + 1 :]]
         start = len(self.before)
         self.spans.append(

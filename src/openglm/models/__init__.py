@@ -1,0 +1,1 @@
+"""Networks in plain PyTorch: ``glm130b``, at any size."""

@@ -26,6 +26,10 @@ class ModelSection:
     """Fields of ``ModelConfig`` that differ from the preset."""
     initial: str = ""
     """Checkpoint folder to start from; empty = fresh weights."""
+    head_start: bool = False
+    """Fresh weights know the frequencies of single tokens (``training/head_start.py``)."""
+    embedding_scale: float = 1.0
+    """With ``head_start``: factor on the initial embedding."""
 
     def config(self) -> ModelConfig:
         """The network's configuration."""
@@ -78,8 +82,11 @@ class RunSection:
     threads: int = 0
     """CPU threads; 0 = torch's choice."""
     log_every: int = 10
+    """Steps between two rows of metrics.jsonl."""
     snapshot_every: int = 200
+    """Steps between two snapshots."""
     validate_every: int = 200
+    """Steps between two validations."""
     validation_windows: int = 24
     """Windows per language in a validation during the run."""
     keep_snapshots: int = 2
@@ -98,7 +105,14 @@ class Recipe:
     def __post_init__(self) -> None:
         self.model.config()  # raises for an unknown preset or field
         _require(self.run.samples >= 1, "run.samples", self.run.samples, "at least 1")
-        _require(self.run.batch_size >= 1, "run.batch_size", self.run.batch_size, "at least 1")
+        for name in ("batch_size", "log_every", "snapshot_every", "validate_every", "validation_windows", "keep_snapshots"):
+            _require(getattr(self.run, name) >= 1, f"run.{name}", getattr(self.run, name), "at least 1")
+        _require(self.run.threads >= 0, "run.threads", self.run.threads, "at least 0 (0 = torch's choice)")
+        for key, value in dataclasses.asdict(self.objectives).items():
+            if key.endswith(("_share", "_ratio")):
+                _require(0 <= value <= 1, f"objectives.{key}", value, "in 0..1")
+        # Spans are Poisson numbers of 1 to 39; a mean far from these would be drawn forever.
+        _require(0.1 <= self.objectives.mean_span <= 39, "objectives.mean_span", self.objectives.mean_span, "in 0.1..39")
         _require(self.run.precision in ("bfloat16", "float32"), "run.precision", self.run.precision, '"bfloat16" or "float32"')
         _require(0 <= self.optimizer.learning_rate < 1, "optimizer.learning_rate", self.optimizer.learning_rate, "in 0..1")
         longest = max(self.objectives.window, self.objectives.long_window)

@@ -11,19 +11,24 @@ from typing import Any
 
 import torch
 
+from openglm.checkpoints import load_into, open_model, save_checkpoint
 from openglm.config import ModelConfig
 from openglm.data.loader import batches
 from openglm.data.mixture import Mixture
 from openglm.data.readers import find_files
-from openglm.data.shards import INDEX, Shard, open_shards, write_shards
+from openglm.data.shards import INDEX, Shard, check_sources, open_shards, write_shards
 from openglm.errors import ConfigError, DataError
 from openglm.models.glm130b import GLM130B
 from openglm.storage import Journal, remove
 from openglm.tokenizers import load_tokenizer
+from openglm.training.head_start import give_head_start
 from openglm.training.recipe import Recipe
 from openglm.training.snapshots import Progress, load_snapshot, newest_snapshot, save_snapshot
 from openglm.training.step import MasterWeights, StepResult, make_optimizer, train_step
 from openglm.training.validation import Validator
+
+#: Samples whose targets are counted for ``model.head_start``.
+HEAD_START_SAMPLES = 4_000
 
 #: Called after every step with the progress, the step's result, and tokens a second.
 Watcher = Callable[[Progress, StepResult, float], None]
@@ -42,6 +47,7 @@ def prepare_data(recipe: Recipe, out: Path, log: Callable[[str], None]) -> list[
     if not (folder / INDEX).is_file():
         log(f"tokenizing {len(find_files([corpus]))} files of `{corpus}`")
         write_shards([corpus], folder, recipe.data.tokenizer, log=log)
+    check_sources([corpus], folder)
     return open_shards(folder, recipe.data.tokenizer)
 
 
@@ -54,7 +60,8 @@ def _configure(recipe: Recipe, vocab_size: int, special: dict[str, int]) -> Mode
             key="vocab_size",
         )
     own = {name: token for name, token in special.items() if name != "unk"}
-    learned = ("[MASK]", "[gMASK]") if recipe.objectives.generation_share < 1 else ("[gMASK]",)
+    share = recipe.objectives.generation_share
+    learned = ("[MASK]", "[gMASK]") if 0 < share < 1 else ("[gMASK]",) if share else ("[MASK]",)
     return dataclasses.replace(config, special_tokens=own, learned_masks=learned)
 
 
@@ -90,7 +97,9 @@ def train(
 
     network = GLM130B(config).initialize(recipe.run.seed)
     if recipe.model.initial:
-        _load_initial(network, recipe.model.initial)
+        load_into(network, open_model(recipe.model.initial), "float32", "cpu")
+    elif recipe.model.head_start:
+        give_head_start(network, mixture.target_counts(HEAD_START_SAMPLES, config.vocab_size), recipe.model.embedding_scale)
     network.input_gradient_factor = recipe.optimizer.input_gradient_factor
     network.output_gradient_factor = recipe.optimizer.output_gradient_factor
     network.to(recipe.run.device)
@@ -101,6 +110,8 @@ def train(
     if found is not None:
         progress = load_snapshot(found[0], master, optimizer, found[1])
         log(f"resumed from `{found[0].name}`: {progress.samples:,} samples, {progress.tokens:,} tokens")
+        for change in _changes(found[1]["recipe"], recipe.to_dict()):
+            log(f"changed since then: {change}")
 
     def sizes() -> Iterator[int]:
         left = recipe.run.samples - progress.samples
@@ -149,19 +160,18 @@ def train(
     return export(out, network, master, config, tokenizer)
 
 
-def _load_initial(network: GLM130B, folder: str) -> None:
-    from openglm.checkpoints import open_model
-
-    source = open_model(folder)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(source.tensor(name))
+def _changes(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Keys of a recipe that differ, as ``section.key: old -> new``."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changes(before, after, f"{path}{key}.")
+        elif before != after:
+            yield f"{path}{key}: {before} -> {after}"
 
 
 def export(out: Path, network: GLM130B, master: MasterWeights, config: ModelConfig, tokenizer: Any) -> Path:
     """Write the weights as a float16 checkpoint to ``out/model``."""
-    from openglm.checkpoints import save_checkpoint
-
     target = out / "model"
     tensors = {name: p.detach().cpu() for name, p in zip(master.names, master.master, strict=True)}
     save_checkpoint(target, config, tensors, tokenizer=tokenizer, dtype="float16", replace=True)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openglm.errors import CheckpointError
+from openglm.errors import CheckpointError, StorageError
 from openglm.storage import atomic_folder, remove, sha256
 from openglm.training.step import MasterWeights
 
@@ -76,11 +76,8 @@ def newest_snapshot(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if all(sha256(path / name) == digest for name, digest in state["sha256"].items()):
                 return path, state
-        except (OSError, ValueError, KeyError, CheckpointError):
+        except (OSError, ValueError, KeyError, StorageError):
             continue
-        except Exception as error:
-            if type(error).__name__ != "StorageError":
-                raise
     return None
 
 

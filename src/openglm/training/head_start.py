@@ -1,0 +1,39 @@
+"""A head start for small models: the network knows word frequencies before its first step.
+
+A DeepNorm network whose head is tied can only say how frequent a word is by giving all its states a common direction.
+Each layer normalises what it is given, so that direction crowds out what tells one token from another, and small
+models sit at the entropy of single words for a million tokens before they learn to look at their input (figures in
+docs/lab-book.md). Here one coordinate of the tied matrix holds the frequencies from the start: the final norm has the
+constant ``STRENGTH`` there, and the first norm shuts it out of the layers. All of it is an ordinary initialisation, and
+trains on.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import torch
+
+from openglm.models.glm130b import GLM130B, Layer
+
+#: Value of the final norm at the coordinate; the larger, the less the frequencies disturb the embedding's variance.
+STRENGTH = 30.0
+
+
+@torch.no_grad()
+def give_head_start(network: GLM130B, counts: np.ndarray, embedding_scale: float) -> None:
+    """Put the log-frequencies of ``counts`` (``[vocabulary]``) into coordinate 0 of the tied matrix, in place.
+
+    ``embedding_scale`` shrinks the rest of the matrix first: a fresh network expects every token to repeat itself, with
+    a logit of hidden size x standard deviation, and has to unlearn that.
+    """
+    smoothed = np.log((counts + 0.5) / (counts + 0.5).sum())
+    weight = network.word_embeddings.weight
+    weight *= embedding_scale
+    weight[:, 0] = torch.from_numpy((smoothed - smoothed.mean()) / STRENGTH).to(weight)
+    network.final_layernorm.weight[0] = 0.0
+    network.final_layernorm.bias[0] = STRENGTH
+    first = cast(Layer, network.layers["0"]).input_layernorm
+    first.weight[0] = 0.0
+    first.bias[0] = 0.0
