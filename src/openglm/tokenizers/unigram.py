@@ -100,6 +100,10 @@ class UnigramTokenizer:
         """The piece of an id, as SentencePiece writes it."""
         return self._processor.id_to_piece(token)
 
+    def byte_length(self, token: int) -> int:
+        """UTF-8 bytes that an id stands for (0 for special tokens)."""
+        return len(self._bytes[token])
+
     def stream(self) -> ByteStream:
         """A decoder for ids that come one at a time; it never emits half a character."""
         return ByteStream(self._bytes)
