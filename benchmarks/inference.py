@@ -116,7 +116,7 @@ def measure(name: str, config: ModelConfig, folder: Path, dtype: torch.dtype, ar
                 gc.collect()
                 began = time.perf_counter()
                 model = load()
-                sum(float(p.sum()) for p in model.parameters())  # both may map files: every weight is read
+                sum(float(p.detach().sum()) for p in model.parameters())  # both may map files: every weight is read
                 loads[key].append(time.perf_counter() - began)
                 del model
         writers = {"openglm": Ours(load_ours()), "transformers": Theirs(load_llama())}
@@ -163,6 +163,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype)
     rows = []
     for name in args.models:
@@ -182,8 +185,6 @@ def main() -> None:
         print(f"{row['model']:7} {row['measure']:36} {row['openglm']:9.2f} {row['transformers']:13.2f} {row['ratio']:6.2f}")
     print("ratio: above 1 = openglm is faster")
     if args.json:
-        import transformers
-
         result = {
             "date": datetime.date.today().isoformat(),
             "command": "python benchmarks/inference.py " + " ".join(f"--{k} {v}" for k, v in vars(args).items() if k != "json"),

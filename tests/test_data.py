@@ -10,7 +10,7 @@ import zstandard
 
 from openglm.data.loader import make_batch
 from openglm.data.mixture import Mixture, Objectives
-from openglm.data.readers import read_documents
+from openglm.data.readers import read_documents, thin_out
 from openglm.data.shards import check_sources, open_shards, write_shards
 from openglm.errors import DataError
 from openglm.infilling import NO_TARGET
@@ -41,6 +41,15 @@ def test_bad_files_are_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         list(read_documents([tmp_path / name]))
+
+
+def test_sources_are_thinned_out_alike_each_time(tmp_path):
+    for name in ("law", "tales"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(400)))
+    first, second = ([d.text for d in thin_out([tmp_path], {"l*": 0.25, "tales": 1.0})] for _ in range(2))
+    assert first == second
+    assert sum("tales" in text for text in first) == 400
+    assert 60 < sum("law" in text for text in first) < 140
 
 
 def test_missing_and_empty_folders(tmp_path):

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Train a tokenizer, encode and decode.", no_args_is_help=True, rich_markup_mode="rich")
 
 TRAIN = r"""
-[bold]Example[/bold]
+[bold]Examples[/bold]
 
   glm tokenizer train README.md README.zh.md --out small.model --vocab-size 1000
+
+  glm tokenizer train corpus/ --out unigram.model --share zh-law=0.25
 """
 ENCODE = r"""
 [bold]Examples[/bold]
@@ -58,24 +60,32 @@ def train(
     max_lines: Annotated[int, typer.Option(metavar="N", help="Lines that are drawn for training; bounds time and memory.")] = (
         1_000_000
     ),
+    share: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=X", help="Use this share (0 to 1) of a source; NAME is a file's name, or a pattern."),
+    ] = None,
     threads: Annotated[int, typer.Option(metavar="N", help="CPU threads.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Train a lossless unigram tokenizer (SentencePiece, byte fallback)."""
+    """Train a lossless unigram tokenizer (SentencePiece, byte fallback).
+
+    Files of a folder that are called validation* are left out, as in training.
+    """
+    shares = dict(map(_share, share or []))
     smallest = 300  # 11 special tokens, 256 bytes, the newline, and some pieces
     for option, value, least in (("vocab-size", vocab_size, smallest), ("max-lines", max_lines, 1), ("threads", threads, 1)):
         if value < least:
             raise InputError(f"`--{option}` must be at least {least}, not {value}")
     if out.exists():
         raise StorageError(f"`{out}` exists", hint="remove it, or choose another --out", path=out)
-    from openglm.data.readers import find_files, read_documents
+    from openglm.data.readers import find_files, thin_out
     from openglm.tokenizers.unigram import train_unigram
 
-    paths = find_files(files)
+    paths = [path for path in find_files(files) if path in files or not path.name.startswith("validation")]
     with console.progress(None, "reading") as bar:
 
         def texts() -> Iterator[str]:
-            for document in read_documents(paths):
+            for document in thin_out(paths, shares):
                 bar.advance()
                 yield document.text
                 if document.answer:
@@ -88,6 +98,17 @@ def train(
         console.write_json({"file": str(out), "vocab_size": made.vocab_size, "documents": bar.done})
     else:
         console.note(f"{made.vocab_size:,} pieces from {bar.done:,} documents: `{out}`")
+
+
+def _share(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not name or not 0 <= share <= 1:
+        raise InputError(f"`--share {text}` is not of the form NAME=X with X from 0 to 1")
+    return name, share
 
 
 @app.command("encode", epilog=ENCODE)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,15 @@ def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
                 if not isinstance(text, str) or not isinstance(answer, str | None):
                     raise DataError(f"`{path}` line {number} has no `text` (or `prompt` and `answer`)", path=path)
                 yield Document(text, answer, str(row.get("id", number)), str(row.get("source", path.stem)))
+
+
+def thin_out(paths: Iterable[str | Path], shares: Mapping[str, float]) -> Iterator[Document]:
+    """``read_documents``, but of sources whose name fits a pattern of ``shares`` only that share, drawn with a fixed seed."""
+    draws = random.Random(0)
+    for path in find_files(paths):
+        name = path.name.split(".")[0]
+        share = next((share for pattern, share in shares.items() if fnmatch.fnmatch(name, pattern)), 1.0)
+        yield from (document for document in read_documents([path]) if draws.random() < share)
 
 
 def _decode(data: bytes, path: Path, line: int | None) -> str:
