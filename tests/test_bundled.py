@@ -47,19 +47,19 @@ def test_blanks_are_filled_in_both_languages(nano, text):
 
 
 def test_it_knows_more_than_chance(nano):
-    # Choices of equal form; a model that has learned its languages prefers what fits.
+    # Choices of one word each; a model that has learned its languages prefers what fits.
     pairs = [
         ("Once upon a [MASK], there was a king.", "time", "stone"),
         ("He shook his [MASK] and said nothing.", "head", "river"),
-        ("She opened the [MASK] and went into the room.", "door", "king"),
         ("They went out of the [MASK] and closed the door.", "room", "word"),
+        ("[MASK] said that he was tired.", "He", "Of"),
+        ("I do not [MASK] what you mean.", "know", "table"),
         ("今天天气很好，[MASK]去公园散步。", "我们", "但是"),
-        ("他[MASK]：“你是谁？”", "问道", "因为"),
-        ("中华人民[MASK]的法律。", "共和国", "没有人"),
-        ("我[MASK]知道这件事。", "不", "的"),
+        ("这是[MASK]？", "什么", "然后"),
+        ("好[MASK]，再见。", "的", "被"),
     ]
     right = sum(nano.score(text, [good, bad]).best == 0 for text, good, bad in pairs)
-    assert right >= 6
+    assert right >= 7
 
 
 def test_it_streams_and_repeats_itself_with_a_seed(nano):
