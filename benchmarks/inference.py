@@ -187,7 +187,8 @@ def main() -> None:
     if args.json:
         result = {
             "date": datetime.date.today().isoformat(),
-            "command": "python benchmarks/inference.py " + " ".join(f"--{k} {v}" for k, v in vars(args).items() if k != "json"),
+            "command": "python benchmarks/inference.py "
+            + " ".join(f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in vars(args).items() if k != "json"),
             "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads",
             "versions": {"openglm": openglm.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "rows": rows,
