@@ -2,7 +2,7 @@
 
 A DeepNorm network whose head is tied can only say how frequent a word is by giving all its states a common direction.
 Each layer normalises what it is given, so that direction crowds out what tells one token from another, and small
-models sit at the entropy of single words for a million tokens before they learn to look at their input (figures in
+models sit at the entropy of single words for many hundred thousand tokens before they look at their input (figures in
 docs/lab-book.md). Here one coordinate of the tied matrix holds the frequencies from the start: the final norm has the
 constant ``STRENGTH`` there, and the first norm shuts it out of the layers. All of it is an ordinary initialisation, and
 trains on.
