@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import TEXT
 
-from openglm.tokenizers.unigram import train_unigram
+from openglm import bundled
+from openglm.checkpoints import save_checkpoint
+from openglm.config import ModelConfig
+from openglm.models.glm130b import GLM130B
+from openglm.tokenizers.unigram import UnigramTokenizer, train_unigram
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
@@ -67,3 +73,36 @@ def tiny_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(_sentences("en", 2000, 5)), "".join(_sentences("zh", 2000, 6))]
     train_unigram(texts, path, vocab_size=600, character_coverage=1.0, threads=1)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> UnigramTokenizer:
+    return train_unigram([TEXT * 20], tmp_path_factory.mktemp("tokenizer") / "unigram.model", vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: UnigramTokenizer) -> Path:
+    """A model folder with random weights; it knows [MASK] and [gMASK], and its context is 64."""
+    special = {name: token for name, token in tiny_tokenizer.special_tokens.items() if name != "unk"}
+    masks = ("[MASK]", "[gMASK]")
+    config = ModelConfig(2, 64, 1, 128, tiny_tokenizer.vocab_size, 64, special_tokens=special, learned_masks=masks)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    network = GLM130B(config).initialize(7)
+    save_checkpoint(folder, config, dict(network.named_parameters()), tokenizer=tiny_tokenizer, dtype="float16")
+    return folder
+
+
+@pytest.fixture
+def surroundings(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working folder, and the tiny model bundled under the name `nano`."""
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "nano").symlink_to(tiny)
+    monkeypatch.setattr(bundled, "ASSETS", assets)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    yield

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openglm.errors import InputError
 from openglm.inference.cache import StaticCache
+from openglm.inference.onednn import use_onednn
 from openglm.inference.sampling import FORBIDDEN, SamplingSettings, draw, filter_logits, penalize
 from openglm.infilling import Batch, Layout, Prompt
 from openglm.models.glm130b import GLM130B
@@ -95,6 +96,7 @@ class Engine:
         self.network = network
         self.config = network.config
         self._anchor = network.final_layernorm.weight
+        use_onednn(network)
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -157,6 +158,8 @@ class GLM130B(nn.Module):
         #: Gradient factors of the tied matrix: as input embedding, and as output head (SPEC 2.5, 9.1.1).
         self.input_gradient_factor = 1.0
         self.output_gradient_factor = 1.0
+        #: How hidden states meet the tied matrix; an engine may put a faster product here.
+        self.vocabulary_product: Callable[[Tensor, Tensor], Tensor] = F.linear
         # Given a weight, torch does not draw one, which on the meta device would import a compiler.
         embeddings = torch.empty(config.vocab_size, config.hidden_size)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embeddings)
@@ -200,7 +203,8 @@ class GLM130B(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and tied head: ``[..., h]`` to ``[..., v]``."""
-        return F.linear(self.final_layernorm(x), shrink_gradient(self.word_embeddings.weight, self.output_gradient_factor))
+        matrix = shrink_gradient(self.word_embeddings.weight, self.output_gradient_factor)
+        return self.vocabulary_product(self.final_layernorm(x), matrix)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> GLM130B:
