@@ -12,6 +12,8 @@ import pytest
 import torch
 from command_line import TEXT
 
+from processes import Workers
+
 from openglm import bundled
 from openglm.checkpoints import save_checkpoint
 from openglm.config import ModelConfig
@@ -106,3 +108,11 @@ def surroundings(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     yield
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """Processes for everything that needs a process group (gloo)."""
+    pool = Workers()
+    yield pool
+    pool.close()

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -191,7 +191,16 @@ class GLM130B(nn.Module):
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, *, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Output of the last layer before the final norm, ``[b, s, h]``; arguments as in ``forward``."""
-        x = shrink_gradient(self.word_embeddings(tokens), self.input_gradient_factor)
+        return self.run_layers(self.embed(tokens), positions, mask, cache=cache)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input vectors ``[b, s, h]`` of tokens ``[b, s]``."""
+        return shrink_gradient(self.word_embeddings(tokens), self.input_gradient_factor)
+
+    def run_layers(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, *, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """All layers that are here, ``[b, s, h]`` to ``[b, s, h]``."""
         # A position counts tokens, so it lies below their number; asking the tensor would make a GPU wait.
         length = max(self.config.max_sequence_length, positions.shape[-1] if mask is None else mask.shape[-1])
         rotary = self.rotary.lookup(positions, x.dtype, length)
@@ -208,33 +217,35 @@ class GLM130B(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> GLM130B:
-        """DeepNorm initialisation, in place (SPEC 9.1.1): a pure function of the seed and the parameter's name.
-
-        Biases 0, norms 1. Value, output and GeGLU matrices: Xavier normal with gain (2 layers)^(-1/2). Embedding, query
-        and key: normal with standard deviation sqrt(1 / (3 hidden)).
-        """
-        h, i, d = self.config.hidden_size, self.config.inner_hidden_size, self.config.head_size
-        plain = math.sqrt(1 / (3 * h))
-        gain = 1 / math.sqrt(2 * self.config.num_layers)
-
+        """DeepNorm initialisation, in place: ``initial_values`` of every parameter."""
         for name, parameter in self.named_parameters():
-            # Each matrix has a generator of its own: any part of the network, on any layout, gets the same numbers.
-            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-            if name.endswith(".bias"):
-                parameter.zero_()
-            elif "layernorm" in name:
-                parameter.fill_(1.0)
-            else:
-                draw = torch.randn(parameter.shape, generator=generator)
-                if "query_key_value" in name:
-                    by_head = draw.view(-1, 3, d, h)
-                    by_head[:, :2] *= plain
-                    by_head[:, 2] *= gain * math.sqrt(2 / (h + h))
-                elif "attention.dense" in name:
-                    draw *= gain * math.sqrt(2 / (h + h))
-                elif "mlp" in name:
-                    draw *= gain * math.sqrt(2 / (h + i))
-                else:
-                    draw *= plain
-                parameter.copy_(draw)
+            parameter.copy_(initial_values(self.config, name, parameter.shape, seed))
         return self
+
+
+def initial_values(config: ModelConfig, name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """DeepNorm initialisation of one whole parameter, float32 (SPEC 9.1.1): a function of the seed and its name only.
+
+    Biases 0, norms 1. Value, output and GeGLU matrices: Xavier normal with gain (2 layers)^(-1/2). Embedding, query and
+    key: normal with standard deviation sqrt(1 / (3 hidden)).
+    """
+    h, i, d = config.hidden_size, config.inner_hidden_size, config.head_size
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if "layernorm" in name:
+        return torch.ones(shape)
+    # Each matrix has a generator of its own, so that no number depends on what else was drawn.
+    draw = torch.randn(shape, generator=torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode())))
+    plain = math.sqrt(1 / (3 * h))
+    gain = 1 / math.sqrt(2 * config.num_layers)
+    if "query_key_value" in name:
+        by_head = draw.view(-1, 3, d, h)
+        by_head[:, :2] *= plain
+        by_head[:, 2] *= gain * math.sqrt(2 / (h + h))
+    elif "attention.dense" in name:
+        draw *= gain * math.sqrt(2 / (h + h))
+    elif "mlp" in name:
+        draw *= gain * math.sqrt(2 / (h + i))
+    else:
+        draw *= plain
+    return draw

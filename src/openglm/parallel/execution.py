@@ -1,0 +1,155 @@
+"""Forward and backward of one global batch on a layout, the tied matrix, and the norm over all axes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from openglm.errors import ConfigError
+from openglm.parallel.layout import ParallelLayout
+from openglm.parallel.stage import Stage
+from openglm.parallel.tensor import local
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one micro-batch: tokens, positions and targets int64 ``[b, s]``, mask bool ``[b, s, s]``."""
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    targets: Tensor
+
+
+@dataclass
+class Execution:
+    """Runs a stage over micro-batches; ``mesh`` and ``layout`` are those of ``parallelize``."""
+
+    stage: Stage
+    layout: ParallelLayout
+    mesh: DeviceMesh
+    _schedules: dict[tuple[int, ...], Schedule1F1B] = field(default_factory=dict)
+    _ends: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout.pipeline > 1:
+            # Every process makes every group, in the same order.
+            ranks = self.mesh.mesh  # [pipeline, data, tensor]
+            for data in range(self.layout.data):
+                for tensor in range(self.layout.tensor):
+                    ends = [int(ranks[0, data, tensor]), int(ranks[-1, data, tensor])]
+                    group = dist.new_group(ends)
+                    if dist.get_rank() in ends:
+                        self._ends = group
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], factor: float) -> list[Tensor]:
+        """Add the gradient of ``factor`` x (sum of all losses of all data ranks) to the parameters.
+
+        Every rank of a pipeline and of a tensor group must hand in the same micro-batches, and every data rank equally
+        many; with a pipeline all must have one shape. Returns the losses float32 ``[b, s]`` of each micro-batch on the
+        last stage, nothing elsewhere.
+        """
+        factor *= self.layout.data  # sharded data parallelism averages over the data ranks
+        with loss_parallel() if self.layout.tensor > 1 else contextlib.nullcontext():
+            if self.layout.pipeline > 1:
+                losses = self._pipeline(micro_batches, factor)
+                self._add_ends()
+                return losses
+            losses = []
+            for number, micro in enumerate(micro_batches, start=1):
+                self.stage.set_requires_gradient_sync(number == len(micro_batches))  # pyright: ignore[reportCallIssue]
+                self.stage.set_is_last_backward(number == len(micro_batches))  # pyright: ignore[reportCallIssue]
+                loss = self.stage(micro.tokens, micro.positions, micro.mask, micro.targets)
+                (loss.sum() * factor).backward()
+                losses.append(loss.detach())
+            return losses
+
+    def _pipeline(self, micro_batches: Sequence[MicroBatch], factor: float) -> list[Tensor]:
+        shape = micro_batches[0].tokens.shape
+        if any(micro.tokens.shape != shape for micro in micro_batches):
+            raise ConfigError("all micro-batches of a pipeline must have one shape", key="pipeline")
+        if len(micro_batches) < self.layout.pipeline:
+            raise ConfigError(
+                f"{len(micro_batches)} micro-batches are too few for {self.layout.pipeline} pipeline stages",
+                hint="use a larger batch or smaller micro-batches; four times the stages keeps the bubble small",
+                key="pipeline",
+            )
+        collected: list[Tensor] = []
+
+        def loss(output: Tensor, _: Tensor) -> Tensor:
+            collected.append(output.detach())
+            return output.sum() * factor
+
+        # Shapes are fixed at a schedule's first step, so each shape has a schedule of its own.
+        key = (len(micro_batches), *shape)
+        if key not in self._schedules:
+            group = self.mesh.get_group("pipeline")
+            rank = self.mesh["pipeline"].get_local_rank()
+            stage = PipelineStage(self.stage, rank, self.layout.pipeline, local_device(self.stage), group=group)
+            # A mean over micro-batches would be another loss than the whole batch's.
+            self._schedules[key] = Schedule1F1B(stage, len(micro_batches), loss_fn=loss, scale_grads=False)
+        schedule = self._schedules[key]
+        schedule._loss_fn = loss  # the factor changes from step to step
+        tokens, positions, mask, targets = (
+            torch.cat([getattr(micro, name) for micro in micro_batches]) for name in ("tokens", "positions", "mask", "targets")
+        )
+        arguments = {"positions": positions, "mask": mask, "targets": targets}
+        if self.stage.first:
+            schedule.step(tokens, **arguments)
+        elif self.stage.last:
+            schedule.step(target=targets, losses=[], **arguments)
+        else:
+            schedule.step(**arguments)
+        # Before its first step a schedule infers shapes with a micro-batch of garbage.
+        return collected[-len(micro_batches) :]
+
+    def _add_ends(self) -> None:
+        """The tied matrix lies on the first and the last stage: its gradient is the sum of both."""
+        if self._ends is not None:
+            gradient = self.stage.word_embeddings.weight.grad
+            assert gradient is not None
+            dist.all_reduce(local(gradient), group=self._ends)
+
+    def gradient_norm(self) -> float:
+        """The norm of the whole gradient over all axes; infinite or NaN if any part on any rank is."""
+        sizes = {"data": self.layout.data, "tensor": self.layout.tensor}
+        total = torch.zeros((), dtype=torch.float64, device=local_device(self.stage))
+        for name, parameter in self.stage.named_parameters():
+            if parameter.grad is None or (name.startswith("word_embeddings") and not self.stage.first):
+                continue  # the second copy of the tied matrix
+            gradient = parameter.grad
+            names = (gradient.device_mesh.mesh_dim_names or ()) if isinstance(gradient, DTensor) else ()
+            copies = 1
+            for axis, size in sizes.items():  # ranks that hold the same numbers count once
+                cut = axis in names and not gradient.placements[names.index(axis)].is_replicate()  # pyright: ignore[reportAttributeAccessIssue]
+                copies *= 1 if cut else size
+            total += local(gradient).double().square().sum() / copies
+        dist.all_reduce(total)
+        return float(total.sqrt())
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient by a number."""
+        for parameter in self.stage.parameters():
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(factor)
+
+    def clip(self, limit: float) -> float:
+        """Shrink the gradient to a norm of at most ``limit``; returns the norm before."""
+        norm = self.gradient_norm()
+        if norm > limit:
+            self.scale_gradients(limit / norm)
+        return norm
+
+
+def local_device(stage: Stage) -> torch.device:
+    """Where a stage's weights lie."""
+    return local(next(stage.parameters())).device
