@@ -35,7 +35,7 @@ from openglm.inference.sampling import SamplingSettings
 from openglm.inference.writing import unwritable_ids
 from openglm.infilling import blank_prompt
 from openglm.tokenizers.base import Tokenizer
-from openglm.training.validation import bits_per_byte
+from openglm.training.validation import bits_per_byte, network_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -299,10 +299,9 @@ def measure_bits(glm: GLM, documents: Mapping[str, Sequence[Document]]) -> dict[
     tokenizer = _tokenizer(glm)
     return {
         language: bits_per_byte(
-            glm.network,
+            network_losses(glm.network, glm.engine.device),
             (np.asarray(tokenizer.encode(document.text), dtype=np.int64) for document in found),
             tokenizer,
-            device=glm.engine.device,
         )
         for language, found in documents.items()
     }

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import TEXT
-
 from processes import Workers
 
 from openglm import bundled

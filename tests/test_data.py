@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from openglm.data.loader import make_batch
+from openglm.data.loader import Rows, make_batch
 from openglm.data.mixture import Mixture, Objectives
 from openglm.data.readers import read_documents, thin_out
 from openglm.data.shards import check_sources, open_shards, write_shards
@@ -128,7 +128,7 @@ def test_samples_fit_their_windows_and_have_the_right_shares(mixture):
 
 
 def test_a_batch_holds_each_of_its_samples_once(mixture):
-    batch = make_batch(mixture, 20, 24, micro_tokens=256)
+    batch = make_batch(mixture, 20, 24, Rows(256))
     expected = sorted(tuple(mixture.sample(20 + i).layout.tokens.tolist()) for i in range(24))
     found = []
     targets = 0

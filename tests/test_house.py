@@ -39,6 +39,7 @@ FLOORS = {
     "serving": 8,
     "tuning": 9,
     "cli": 10,
+    "__main__": 11,
 }
 #: Two wings that never meet, whatever their floors.
 APART = [("training", "inference"), ("inference", "data"), ("training", "serving")]

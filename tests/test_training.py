@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from openglm.checkpoints import open_model
 from openglm.config import ModelConfig
-from openglm.data.loader import make_batch
+from openglm.data.loader import Rows, make_batch
 from openglm.data.mixture import Mixture, Objectives
 from openglm.data.shards import open_shards, write_shards
 from openglm.errors import CheckpointError, ConfigError
@@ -20,11 +20,13 @@ from openglm.infilling import NO_TARGET, Batch
 from openglm.models.glm130b import GLM130B
 from openglm.tokenizers import load_tokenizer
 from openglm.training.head_start import give_head_start
+from openglm.training.model import MasterWeights
+from openglm.training.ranks import Ranks
 from openglm.training.recipe import Recipe, learning_rate, read_recipe
 from openglm.training.run import train
-from openglm.training.snapshots import newest_snapshot
-from openglm.training.step import MasterWeights, make_optimizer, train_step
-from openglm.training.validation import bits_per_byte
+from openglm.training.snapshots import Snapshots
+from openglm.training.step import Trainer
+from openglm.training.validation import bits_per_byte, network_losses
 
 TINY = (
     "model.changes={num_layers=2,vocab_size=640,hidden_size=32,num_attention_heads=2,inner_hidden_size=64,max_sequence_length=128}",
@@ -121,11 +123,10 @@ def test_the_step_is_one_adamw_update_of_the_mean_loss(recipe, prepared, tiny_to
     r = recipe("optimizer.clip_norm=0.05", "run.samples=100")
     config = r.model.config()
     mixture = small_mixture(prepared, tiny_tokenizer_path)
-    batch = make_batch(mixture, 16, 6, micro_tokens=128)
+    batch = make_batch(mixture, 16, 6, Rows(128))
     assert len(batch.micro_batches) > 1
     network = GLM130B(config).initialize(3)
-    weights = MasterWeights(network, "float32")
-    result = train_step(network, weights, make_optimizer(weights, r), batch, r)
+    result = Trainer(MasterWeights(network, "float32"), r, Ranks()).step(batch, Rows(128))
 
     # The twin: all samples in one batch, every row through the vocabulary, plain AdamW.
     twin = GLM130B(config).initialize(3)
@@ -154,8 +155,8 @@ def test_bfloat16_keeps_exact_master_weights(recipe, prepared, tiny_tokenizer_pa
     before = [p.detach().clone() for p in network.parameters()]
     weights = MasterWeights(network, "bfloat16")
     assert all(torch.equal(a, b) for a, b in zip(before, weights.master, strict=True))
-    batch = make_batch(small_mixture(prepared, tiny_tokenizer_path), 16, 4, micro_tokens=256)
-    train_step(network, weights, make_optimizer(weights, r), batch, r)
+    batch = make_batch(small_mixture(prepared, tiny_tokenizer_path), 16, 4, Rows(256))
+    Trainer(weights, r, Ranks()).step(batch, Rows(256))
     # An update below bfloat16's resolution is kept in the master weights, and the working copy is their rounding.
     assert any((a != b).any() for a, b in zip(before, weights.master, strict=True))
     for master, working in zip(weights.master, weights.working, strict=True):
@@ -209,16 +210,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path):
 
 def test_a_damaged_snapshot_is_passed_over(recipe, tmp_path):
     train(recipe("run.samples=24"), tmp_path, log=lambda _: None)
-    found = newest_snapshot(tmp_path / "snapshots")
+    found = Snapshots(tmp_path / "snapshots", Ranks(), keep=2).newest()
     assert found is not None and found[0].name == "samples-0000000024"
-    file = found[0] / "weights.safetensors"
+    file = next((found[0] / "tensors").glob("*.distcp"))
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    found = newest_snapshot(tmp_path / "snapshots")
+    found = Snapshots(tmp_path / "snapshots", Ranks(), keep=2).newest()
     assert found is not None and found[0].name == "samples-0000000012"
     shutil.rmtree(found[0])
-    assert newest_snapshot(tmp_path / "snapshots") is None
+    assert Snapshots(tmp_path / "snapshots", Ranks(), keep=2).newest() is None
 
 
 def test_a_snapshot_of_another_network_is_refused(recipe, tmp_path):
@@ -268,7 +269,7 @@ def test_bits_per_byte_is_the_sum_over_windows(tiny_tokenizer_path):
         log_p = network(ids, torch.arange(ids.shape[1])[None], causal).double().log_softmax(-1)
         expected -= sum(log_p[0, 1 + k, token].item() for k, token in enumerate(piece))
     size = len(tokenizer.decode(document.tolist()).encode())
-    found = bits_per_byte(network, [document], tokenizer, window=16)
+    found = bits_per_byte(network_losses(network), [document], tokenizer, window=16)
     assert found == pytest.approx(expected / np.log(2) / size, rel=1e-5)
 
 

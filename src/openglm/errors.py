@@ -8,6 +8,7 @@
     ├── CheckpointError          a model folder, a shard or a tensor in it
     ├── TokenizerError           a tokenizer file
     ├── DataError                training text or token shards
+    ├── TrainingError            a run that diverges in spite of all remedies
     └── StorageError             the disk: full, read-only, gone
 
 Every message is one sentence that names the file or key, what was found and what was expected.
@@ -63,6 +64,10 @@ class TokenizerError(OpenGLMError):
 
 class DataError(OpenGLMError):
     """Training text or a token shard cannot be read."""
+
+
+class TrainingError(OpenGLMError):
+    """A run cannot go on: it diverges in spite of all remedies."""
 
 
 class StorageError(OpenGLMError):

@@ -418,3 +418,35 @@ class Batch:
             valid=real[:, 0],
             targets=torch.from_numpy(targets).to(device) if any(x.targets is not None for x in layouts) else None,
         )
+
+    @classmethod
+    def aggregate(
+        cls, rows: Sequence[Sequence[Layout]], length: int, *, pad: int = 0, device: torch.device | str = "cpu"
+    ) -> Batch:
+        """Several samples side by side in each row of ``length`` places; a token sees only its own sample (SPEC 3.4.5).
+
+        Raises ``InputError`` if the samples of a row do not fit.
+        """
+        shape = (len(rows), length)
+        tokens = np.full(shape, pad, dtype=np.int64)
+        positions = np.zeros(shape, dtype=np.int64)
+        targets = np.full(shape, NO_TARGET, dtype=np.int64)
+        sample = np.full(shape, -1, dtype=np.int64)  # number of the sample in its row
+        context = np.zeros(shape, dtype=np.int64)  # column where the part A that a token sees ends
+        for row, layouts in enumerate(rows):
+            start = 0
+            for number, layout in enumerate(layouts):
+                part = slice(start, start + len(layout))
+                if part.stop > length:
+                    raise InputError(f"samples of {sum(map(len, layouts))} tokens do not fit a row of {length}")
+                tokens[row, part], positions[row, part] = layout.tokens, layout.positions
+                sample[row, part], context[row, part] = number, start + layout.context
+                if layout.targets is not None:
+                    targets[row, part] = layout.targets
+                start = part.stop
+        own, end = torch.from_numpy(sample).to(device), torch.from_numpy(context).to(device)
+        place = torch.arange(length, device=device)
+        seen = (place[None, None, :] < end[:, :, None]) | (place[None, None, :] <= place[None, :, None])
+        mask = seen & (own[:, :, None] == own[:, None, :]) & (own >= 0)[:, :, None]
+        made = (torch.from_numpy(array).to(device) for array in (tokens, positions, targets))
+        return cls(next(made), next(made), mask, own >= 0, next(made))

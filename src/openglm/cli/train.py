@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,8 @@ EXAMPLES = r"""
   glm train recipes/nano.toml --data corpus/ --tokenizer unigram.model --out runs/nano
 
   glm train recipes/nano.toml --data corpus/ --set run.batch_size=64 --stop-after 3600
+
+  torchrun --nproc-per-node 2 -m openglm train recipes/nano.toml --data corpus/ --set parallel.tensor=2
 """
 
 
@@ -65,7 +68,8 @@ def train(
 
     resolve_device(read.run.device)  # told before the data is prepared
 
-    with console.progress(read.run.samples, "samples") as bar:
+    lead = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
+    with console.progress(read.run.samples, "samples") if lead else nullcontext(_Silent()) as bar:
 
         def watch(progress: Any, result: Any, speed: float) -> None:
             bar.label = f"loss {result.loss:.3f}, {speed:,.0f} tokens/s"
@@ -87,14 +91,28 @@ def train(
                 )
             except KeyboardInterrupt:
                 interrupted.append(True)
-        if interrupted:
+        if interrupted and lead:
             bar.close()
             console.note(f"interrupted; the same command goes on from the newest snapshot in `{run}`")
+        if interrupted:
             raise typer.Exit(130)
+    if not lead:
+        return
     if as_json:
         console.write_json({"model": str(model)})
     else:
         console.note(f'the model is in `{model}`; try it: glm fill -m {model} "The sky is [MASK]."')
+
+
+class _Silent:
+    """A progress bar that nobody sees."""
+
+    label = ""
+    done = 0
+
+    def advance(self, count: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @contextmanager

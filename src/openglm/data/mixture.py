@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from openglm import infilling
+from openglm.data.schedule import Schedule, value_at, values_of
 from openglm.data.shards import Shard
 from openglm.errors import DataError
 from openglm.infilling import Layout
@@ -32,8 +33,8 @@ class Objectives:
     long_share: float = 0.1
     generation_share: float = 0.7
     """Share of [gMASK] among the samples of running text; the rest is [MASK]."""
-    instruction_share: float = 0.05
-    """Share of instructions, in tokens."""
+    instruction_share: Schedule = field(default=0.05, metadata={"schedule": True})
+    """Share of instructions, in tokens; a number or a schedule over samples."""
     mask_ratio: float = 0.15
     mean_span: float = 3.0
     least_generation_ratio: float = 0.2
@@ -50,6 +51,8 @@ class Sample:
     objective: str
     """"[MASK]", "[gMASK]" or "instruction"."""
     language: str
+    source: str
+    """Name of the shard."""
 
 
 def sentence_starts(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -58,6 +61,37 @@ def sentence_starts(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     for token in range(tokenizer.vocab_size):
         ends[token] = tokenizer.decode([token]).rstrip(" ”’\"'）)」』").endswith((".", "!", "?", "。", "！", "？", "…", "\n"))
     return ends
+
+
+class _Sources:
+    """Shards, and how often each is drawn, which may change in the course of the run."""
+
+    def __init__(self, shards: Sequence[Shard], weights: Mapping[str, Schedule]) -> None:
+        def schedule(name: str) -> Schedule:
+            return next((weight for pattern, weight in weights.items() if fnmatch.fnmatch(name, pattern)), 1.0)
+
+        self.shards = list(shards)
+        self._schedules = [schedule(shard.info.name) for shard in shards]
+        self._constant = None if any(isinstance(s, tuple) for s in self._schedules) else self._shares(0)
+
+    def ever_drawn(self) -> list[Shard]:
+        """Shards that hold tokens and have a weight above 0 at some time."""
+        pairs = zip(self.shards, self._schedules, strict=True)
+        return [shard for shard, schedule in pairs if shard.info.tokens and max(values_of(schedule)) > 0]
+
+    def _shares(self, number: int) -> np.ndarray:
+        weights = [value_at(schedule, number) for schedule in self._schedules]
+        sizes = np.asarray([shard.info.tokens for shard in self.shards], dtype=np.float64) * weights
+        if len(sizes) and not sizes.sum() > 0:
+            if not self.ever_drawn():
+                return np.cumsum(sizes)
+            raise DataError(f"every source has weight 0 at sample {number}", key="data.weights")
+        return np.cumsum(sizes / sizes.sum()) if len(sizes) else sizes
+
+    def draw(self, rng: np.random.Generator, number: int) -> Shard:
+        """The source of sample ``number``."""
+        shares = self._shares(number) if self._constant is None else self._constant
+        return self.shards[min(int(np.searchsorted(shares, rng.random(), side="right")), len(shares) - 1)]
 
 
 class Mixture:
@@ -70,45 +104,41 @@ class Mixture:
         objectives: Objectives,
         *,
         seed: int,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, Schedule] | None = None,
     ) -> None:
         self.seed, self.objectives = seed, objectives
         self.special = tokenizer.special_tokens
         self.ends = sentence_starts(tokenizer, max(tokenizer.vocab_size, 1 << 16))
-        self.texts = [shard for shard in shards if shard.info.kind == "text"]
-        self.instructions = [shard for shard in shards if shard.info.kind == "instructions"]
-        if not self.texts:
+        self.texts = _Sources([shard for shard in shards if shard.info.kind == "text"], weights or {})
+        self.instructions = _Sources([shard for shard in shards if shard.info.kind == "instructions"], weights or {})
+        if not self.texts.shards:
             raise DataError("the training data holds no running text")
-        self._text_shares = self._shares(self.texts, weights or {})
-        drawn = [shard for shard, share in zip(self.texts, np.diff(self._text_shares, prepend=0.0), strict=True) if share > 0]
-        if not any((np.diff(shard.offsets) >= SHORTEST).any() for shard in drawn):
+        if not self.texts.ever_drawn():
+            raise DataError("every source of the training data has weight 0")
+        if not any((np.diff(shard.offsets) >= SHORTEST).any() for shard in self.texts.ever_drawn()):
             raise DataError(f"the training data holds no document of {SHORTEST} tokens or more")
-        self._instruction_shares = self._shares(self.instructions, weights or {}) if self.instructions else None
-        self._instruction_chance = 0.0
-        if self.instructions and objectives.instruction_share > 0:
+        self._lengths = (1.0, 1.0)
+        if self.instructions.ever_drawn() and max(values_of(objectives.instruction_share)) > 0:
             # The share is counted in tokens, so measure how long the two sorts of sample are.
             rng = np.random.default_rng(seed)
-            text = np.mean([len(self._text_sample(rng).layout) for _ in range(300)])
-            instruction = np.mean([len(self._instruction_sample(rng).layout) for _ in range(300)])
-            share = objectives.instruction_share
-            self._instruction_chance = float(share / instruction / (share / instruction + (1 - share) / text))
+            text = np.mean([len(self._text_sample(rng, 0).layout) for _ in range(300)])
+            instruction = np.mean([len(self._instruction_sample(rng, 0).layout) for _ in range(300)])
+            self._lengths = (float(text), float(instruction))
 
-    @staticmethod
-    def _shares(shards: Sequence[Shard], weights: Mapping[str, float]) -> np.ndarray:
-        def factor(name: str) -> float:
-            return next((weight for pattern, weight in weights.items() if fnmatch.fnmatch(name, pattern)), 1.0)
-
-        sizes = np.asarray([shard.info.tokens * factor(shard.info.name) for shard in shards], dtype=np.float64)
-        if not sizes.sum() > 0:
-            raise DataError("every source of the training data has weight 0")
-        return np.cumsum(sizes / sizes.sum())
+    def _instruction_chance(self, number: int) -> float:
+        """Chance that sample ``number`` is an instruction."""
+        if not self.instructions.ever_drawn():
+            return 0.0
+        share = value_at(self.objectives.instruction_share, number)
+        text, instruction = self._lengths
+        return share / instruction / (share / instruction + (1 - share) / text)
 
     def sample(self, number: int) -> Sample:
         """Sample ``number`` of the run."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, number]))
-        if rng.random() < self._instruction_chance:
-            return self._instruction_sample(rng)
-        return self._text_sample(rng)
+        if rng.random() < self._instruction_chance(number):
+            return self._instruction_sample(rng, number)
+        return self._text_sample(rng, number)
 
     def target_counts(self, samples: int, vocab_size: int) -> np.ndarray:
         """How often each token is a target in the first samples, int64 ``[vocab_size]``."""
@@ -119,20 +149,22 @@ class Mixture:
                 counts += np.bincount(targets[targets != infilling.NO_TARGET], minlength=vocab_size)
         return counts
 
-    def _text_sample(self, rng: np.random.Generator) -> Sample:
+    def _text_sample(self, rng: np.random.Generator, number: int) -> Sample:
         o = self.objectives
-        shard = self.texts[int(np.searchsorted(self._text_shares, rng.random(), side="right"))]
+        shard = self.texts.draw(rng, number)
         # A document is drawn in proportion to its tokens (SPEC 3.4.2).
         place = int(rng.integers(shard.info.tokens))
         document = shard.document(int(np.searchsorted(shard.offsets, place, side="right")) - 1)
         if len(document) < SHORTEST:
-            return self._text_sample(rng)
+            return self._text_sample(rng, number)
         if rng.random() < o.generation_share:
             window = o.long_window if rng.random() < o.long_share else o.window
             tokens = self._cut(document, window - 1, rng)
             least = max(int(o.least_generation_ratio * len(tokens)), 1)
             masked = int(rng.integers(least, len(tokens) + 1))
-            return Sample(infilling.generation_sample(tokens, masked, self.special), "[gMASK]", shard.info.language)
+            return Sample(
+                infilling.generation_sample(tokens, masked, self.special), "[gMASK]", shard.info.language, shard.info.name
+            )
         window = o.window
         if rng.random() < o.short_share:
             window = int(rng.integers(16, o.window))
@@ -150,14 +182,13 @@ class Mixture:
         text = np.append(tokens, self.special["eos"])
         order = rng.permutation(len(spans))
         layout = infilling.blank_sample(text, starts, spans, self.special, order=order)
-        return Sample(layout, "[MASK]", shard.info.language)
+        return Sample(layout, "[MASK]", shard.info.language, shard.info.name)
 
-    def _instruction_sample(self, rng: np.random.Generator) -> Sample:
-        assert self._instruction_shares is not None
-        shard = self.instructions[int(np.searchsorted(self._instruction_shares, rng.random(), side="right"))]
+    def _instruction_sample(self, rng: np.random.Generator, number: int) -> Sample:
+        shard = self.instructions.draw(rng, number)
         index = 2 * int(rng.integers(shard.info.documents // 2))
         layout = infilling.answer_sample(shard.document(index), shard.document(index + 1), self.objectives.window, self.special)
-        return Sample(layout, "instruction", shard.info.language)
+        return Sample(layout, "instruction", shard.info.language, shard.info.name)
 
     def _cut(self, document: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
         """At most ``length`` tokens of a document, beginning at a sentence where one begins near the drawn place."""

@@ -101,6 +101,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_size = config.head_size
+        self.dropout = 0.0  # of attention weights, in training
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -113,7 +114,9 @@ class Attention(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)  # [b, A, t, d]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # scale 1/sqrt(d), softmax in float32
+        dropout = self.dropout if self.training else 0.0
+        # Scale 1/sqrt(d), softmax in float32.
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return self.dense(out.transpose(1, 2).reshape(b, s, -1))
 
 
@@ -136,6 +139,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.alpha = config.deepnorm_alpha
+        self.dropout = 0.0  # of each branch, in training
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
         self.attention = Attention(config, layer)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
@@ -143,9 +147,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
         normed = self.input_layernorm(x)
-        x = torch.add(self.attention(normed, rotary, mask, cache), normed, alpha=self.alpha)
-        normed = self.post_attention_layernorm(x)
-        return torch.add(self.mlp(normed), normed, alpha=self.alpha)
+        branch = F.dropout(self.attention(normed, rotary, mask, cache), self.dropout, self.training)
+        normed = self.post_attention_layernorm(torch.add(branch, normed, alpha=self.alpha))
+        branch = F.dropout(self.mlp(normed), self.dropout, self.training)
+        return torch.add(branch, normed, alpha=self.alpha)
 
 
 class GLM130B(nn.Module):
@@ -209,6 +214,11 @@ class GLM130B(nn.Module):
         for layer in self.layers.values():
             x = layer(x, rotary, mask, cache)
         return x
+
+    def set_dropout(self, hidden: float, attention: float) -> None:
+        """Dropout of the layers' branches and of the attention weights while ``training`` (SPEC 9.1: 0.1 both)."""
+        for layer in self.layers.values():
+            layer.dropout, layer.attention.dropout = hidden, attention  # pyright: ignore[reportAttributeAccessIssue]
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and tied head: ``[..., h]`` to ``[..., v]``."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
@@ -37,6 +39,8 @@ class Execution:
     stage: Stage
     layout: ParallelLayout
     mesh: DeviceMesh
+    dtype: torch.dtype = torch.float32
+    """What the stage computes in."""
     _schedules: dict[tuple[int, ...], Schedule1F1B] = field(default_factory=dict)
     _ends: dist.ProcessGroup | None = None
 
@@ -112,6 +116,29 @@ class Execution:
         # Before its first step a schedule infers shapes with a micro-batch of garbage.
         return collected[-len(micro_batches) :]
 
+    @torch.no_grad()
+    def losses(self, micro: MicroBatch) -> Tensor:
+        """Losses float32 ``[b, s]`` of one batch on every rank, stage after stage. All ranks hand in the same one."""
+        stage, group = self.stage, self.mesh.get_group("pipeline")
+        ranks = dist.get_process_group_ranks(group)
+        place = self.mesh["pipeline"].get_local_rank()
+        x = micro.tokens
+        if not stage.first:
+            shape = (*micro.tokens.shape, stage.config.hidden_size)
+            x = torch.empty(shape, dtype=self.dtype, device=micro.tokens.device)
+            dist.recv(x, ranks[place - 1], group=group)
+        with loss_parallel() if self.layout.tensor > 1 else contextlib.nullcontext():
+            x = stage(x, micro.positions, micro.mask, micro.targets)
+        if not stage.last:
+            dist.send(x.contiguous(), ranks[place + 1], group=group)
+            x = torch.empty(micro.tokens.shape, dtype=torch.float32, device=micro.tokens.device)
+        if len(ranks) > 1:
+            dist.broadcast(x, ranks[-1], group=group)
+        for module in stage.modules():  # without a backward pass nothing else would free the gathered weights
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return x
+
     def _add_ends(self) -> None:
         """The tied matrix lies on the first and the last stage: its gradient is the sum of both."""
         if self._ends is not None:
@@ -119,10 +146,13 @@ class Execution:
             assert gradient is not None
             dist.all_reduce(local(gradient), group=self._ends)
 
-    def gradient_norm(self) -> float:
-        """The norm of the whole gradient over all axes; infinite or NaN if any part on any rank is."""
+    def squared_norms(self, groups: Mapping[str, float], group_of: Callable[[str], str]) -> dict[str, float]:
+        """Squared norm of the whole gradient over all axes, by group; not finite if any part on any rank is not.
+
+        ``groups``: every group there is, in one order on all ranks, with the value to begin with.
+        """
         sizes = {"data": self.layout.data, "tensor": self.layout.tensor}
-        total = torch.zeros((), dtype=torch.float64, device=local_device(self.stage))
+        totals = {name: torch.tensor(value, dtype=torch.float64) for name, value in groups.items()}
         for name, parameter in self.stage.named_parameters():
             if parameter.grad is None or (name.startswith("word_embeddings") and not self.stage.first):
                 continue  # the second copy of the tied matrix
@@ -132,9 +162,14 @@ class Execution:
             for axis, size in sizes.items():  # ranks that hold the same numbers count once
                 cut = axis in names and not gradient.placements[names.index(axis)].is_replicate()  # pyright: ignore[reportAttributeAccessIssue]
                 copies *= 1 if cut else size
-            total += local(gradient).double().square().sum() / copies
-        dist.all_reduce(total)
-        return float(total.sqrt())
+            totals[group_of(name)] = totals[group_of(name)] + (local(gradient).double().square().sum() / copies).cpu()
+        stacked = torch.stack(list(totals.values())).to(local_device(self.stage))
+        dist.all_reduce(stacked)
+        return dict(zip(totals, stacked.tolist(), strict=True))
+
+    def gradient_norm(self) -> float:
+        """The norm of the whole gradient over all axes."""
+        return math.sqrt(self.squared_norms({"all": 0.0}, lambda _: "all")["all"])
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient by a number."""

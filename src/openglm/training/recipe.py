@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from openglm.config import ModelConfig
 from openglm.data.mixture import Objectives
+from openglm.data.schedule import Schedule, batch_size_at, learning_rate_at, parse_schedule, values_of
 from openglm.errors import ConfigError
 
 
@@ -44,26 +44,75 @@ class DataSection:
     """Folder of JSON lines or text; files called validation* are kept for validation. May be given by --data."""
     tokenizer: str = ""
     """Tokenizer file. May be given by --tokenizer."""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Pattern of source names to factor on the source's size."""
+    weights: Mapping[str, Schedule] = field(default_factory=dict, metadata={"schedules": True})
+    """Pattern of source names to factor on the source's size; a number or a schedule."""
 
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """[optimizer]: AdamW, its schedules in samples."""
+    """[optimizer]: AdamW (SPEC 9.1). All schedules count samples since the start of the run."""
 
     learning_rate: float = 1e-3
     least_learning_rate: float = 1e-4
+    first_learning_rate: float = 0.0
+    """Where the warm-up begins."""
     warmup_samples: int = 2_000
+    decay_samples: int = 0
+    """Where the cosine reaches the least rate; 0 = at the end of the run."""
+    rewarm: tuple[tuple[int, int], ...] = field(default=(), metadata={"pairs": True})
+    """[[sample, length], ...]: from each sample on the rate climbs anew, within a length. For restarts and edits."""
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     """On matrices only."""
     clip_norm: float = 1.0
-    input_gradient_factor: float = 1.0
+    input_gradient_factor: Schedule = field(default=1.0, metadata={"schedule": True})
     """Embedding gradient shrink, input side (SPEC 2.5)."""
-    output_gradient_factor: float = 1.0
-    """Embedding gradient shrink, output side of the tied matrix."""
+    output_gradient_factor: Schedule = field(default=1.0, metadata={"schedule": True})
+    """Embedding gradient shrink, output side of the tied matrix (SPEC 9.1.1)."""
+    hidden_dropout: Schedule = field(default=0.0, metadata={"schedule": True})
+    attention_dropout: Schedule = field(default=0.0, metadata={"schedule": True})
+    """Above 0 it loses the fused attention kernel on a CPU."""
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """[parallel]: the layout of several processes, and what saves memory."""
+
+    data: int = 0
+    """Copies that see different samples; 0 = what the other two leave of the processes."""
+    tensor: int = 1
+    pipeline: int = 1
+    recompute: bool = False
+    """Keep only each layer's input and compute it again in the backward pass."""
+    reshard: bool = False
+    """Free gathered weights after the forward pass (ZeRO-3)."""
+    timeout: float = 600.0
+    """Seconds until a process that no longer answers ends the run."""
+
+
+@dataclass(frozen=True)
+class StabilitySection:
+    """[stability]: what is done about spikes (SPEC 9.2). Steps that are not finite are always skipped."""
+
+    window: int = 128
+    """Steps that a new one is compared with."""
+    skip_norm: float = 0.0
+    """Skip a step whose gradient norm is above this many times the window's median; 0 = never."""
+    spike_loss: float = 0.0
+    """Roll back once the loss lies this many nats above the window's median; 0 = never."""
+    patience: int = 3
+    """Steps in a row that must show it."""
+    skip_samples: bool = True
+    """After a roll-back, leave out the samples between the snapshot and the spike."""
+    shrink: float = 1.0
+    """Factor on the input gradient factor after each roll-back."""
+    rewarm_samples: int = 0
+    """After a roll-back, samples over which the rate climbs anew."""
+    most_skips: int = 20
+    """Steps skipped in a row before it rolls back (float16's loss scale may need some)."""
+    most_rollbacks: int = 5
+    """In one run; then it stops and says so."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +122,18 @@ class RunSection:
     samples: int = 100_000
     batch_size: int = 32
     """Samples a step."""
+    batch_ramp: tuple[int, ...] = ()
+    """[first size, increment, samples]: the batch grows to its size in equal increments (SPEC 9.1)."""
     micro_tokens: int = 4_096
     """Places of one micro-batch, padding included."""
+    aggregate: bool = False
+    """Put samples side by side in rows of ``objectives.long_window``, each with attention to itself only (SPEC 3.4.5)."""
     precision: str = "bfloat16"
-    """"bfloat16": a working copy beside float32 master weights; or "float32"."""
+    """"float32", or "bfloat16" or "float16" for computing beside float32 master weights."""
     device: str = "cpu"
     seed: int = 1234
     threads: int = 0
-    """CPU threads; 0 = torch's choice."""
+    """CPU threads of each process; 0 = torch's choice."""
     log_every: int = 10
     """Steps between two rows of metrics.jsonl."""
     snapshot_every: int = 200
@@ -90,6 +143,9 @@ class RunSection:
     validation_windows: int = 24
     """Windows per language in a validation during the run."""
     keep_snapshots: int = 2
+    """Newest snapshots that stay."""
+    keep_every: int = 0
+    """Beside these, one snapshot for every so many samples stays for good; 0 = none."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +157,8 @@ class Recipe:
     objectives: Objectives = field(default_factory=Objectives)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     run: RunSection = field(default_factory=RunSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    stability: StabilitySection = field(default_factory=StabilitySection)
 
     def __post_init__(self) -> None:
         self.model.config()  # raises for an unknown preset or field
@@ -108,12 +166,30 @@ class Recipe:
         for name in ("batch_size", "log_every", "snapshot_every", "validate_every", "validation_windows", "keep_snapshots"):
             _require(getattr(self.run, name) >= 1, f"run.{name}", getattr(self.run, name), "at least 1")
         _require(self.run.threads >= 0, "run.threads", self.run.threads, "at least 0 (0 = torch's choice)")
-        for key, value in dataclasses.asdict(self.objectives).items():
-            if key.endswith(("_share", "_ratio")):
-                _require(0 <= value <= 1, f"objectives.{key}", value, "in 0..1")
+        for section in ("objectives", "optimizer"):
+            for key, value in vars(getattr(self, section)).items():
+                if key.endswith(("_share", "_ratio", "_gradient_factor", "_dropout")):
+                    highest = 0.99 if key.endswith("_dropout") else 1
+                    good = all(0 <= v <= highest for v in values_of(value))
+                    _require(good, f"{section}.{key}", value, f"in 0..{highest}")
+        for name, value in self.data.weights.items():
+            _require(all(v >= 0 for v in values_of(value)), f"data.weights.{name}", value, "at least 0")
+        for key in ("tensor", "pipeline"):
+            _require(getattr(self.parallel, key) >= 1, f"parallel.{key}", getattr(self.parallel, key), "at least 1")
+        _require(self.parallel.data >= 0, "parallel.data", self.parallel.data, "at least 0 (0 = all that are left)")
+        ramp = self.run.batch_ramp
+        _require(
+            not ramp or (len(ramp) == 3 and 1 <= ramp[0] <= self.run.batch_size and min(ramp[1:]) >= 1),
+            "run.batch_ramp",
+            ramp,
+            "[first size, increment, samples], the first size at most run.batch_size",
+        )
+        for key in ("window", "patience", "most_skips"):
+            _require(getattr(self.stability, key) >= 1, f"stability.{key}", getattr(self.stability, key), "at least 1")
         # Spans are Poisson numbers of 1 to 39; a mean far from these would be drawn forever.
         _require(0.1 <= self.objectives.mean_span <= 39, "objectives.mean_span", self.objectives.mean_span, "in 0.1..39")
-        _require(self.run.precision in ("bfloat16", "float32"), "run.precision", self.run.precision, '"bfloat16" or "float32"')
+        known = ("float32", "bfloat16", "float16")
+        _require(self.run.precision in known, "run.precision", self.run.precision, "one of " + ", ".join(known))
         _require(0 <= self.optimizer.learning_rate < 1, "optimizer.learning_rate", self.optimizer.learning_rate, "in 0..1")
         longest = max(self.objectives.window, self.objectives.long_window)
         _require(
@@ -150,6 +226,12 @@ def _section(kind: type, values: Any, path: str) -> Any:
             default = fields[key].default_factory()  # pyright: ignore[reportCallIssue]
         if dataclasses.is_dataclass(default):
             made[key] = _section(type(default), value, full)
+        elif fields[key].metadata.get("schedule"):
+            made[key] = parse_schedule(value, full)
+        elif fields[key].metadata.get("schedules"):
+            made[key] = {name: parse_schedule(v, f"{full}.{name}") for name, v in _value(value, default, full).items()}
+        elif fields[key].metadata.get("pairs"):
+            made[key] = parse_schedule(value, full) if value else ()
         else:
             made[key] = _value(value, default, full)
     return kind(**made)
@@ -161,7 +243,9 @@ def _value(value: Any, default: Any, key: str) -> Any:
     elif isinstance(default, float):
         good, value = isinstance(value, int | float), float(value) if isinstance(value, int) else value
     elif isinstance(default, tuple):
-        good, value = isinstance(value, Sequence) and len(value) == len(default), tuple(value)
+        good = isinstance(value, Sequence) and not isinstance(value, str) and (not default or len(value) == len(default))
+        good = good and all(isinstance(part, int | float) and not isinstance(part, bool) for part in value)
+        value = tuple(value) if good else value
     elif isinstance(default, Mapping):
         good = isinstance(value, Mapping)
     else:
@@ -202,10 +286,20 @@ def read_recipe(path: str | Path | None, changes: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"`{path}`: {error.message}", hint=error.hint, path=path, key=error.key) from error
 
 
-def learning_rate(recipe: Recipe, samples: int) -> float:
-    """Rate at a number of samples seen: linear warm-up, then cosine to ``least_learning_rate`` (SPEC 9.1)."""
-    o, total = recipe.optimizer, recipe.run.samples
-    if samples < o.warmup_samples:
-        return o.learning_rate * (samples + 1) / o.warmup_samples
-    progress = min((samples - o.warmup_samples) / max(total - o.warmup_samples, 1), 1.0)
-    return o.least_learning_rate + (o.learning_rate - o.least_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+def learning_rate(recipe: Recipe, samples: int, rewarm: Sequence[tuple[float, float]] = ()) -> float:
+    """Rate at a number of samples seen (SPEC 9.1); ``rewarm``: climbs beside the recipe's own."""
+    o = recipe.optimizer
+    return learning_rate_at(
+        samples,
+        rate=o.learning_rate,
+        least=o.least_learning_rate,
+        first=o.first_learning_rate,
+        warmup=o.warmup_samples,
+        decay=o.decay_samples or recipe.run.samples,
+        rewarm=[*o.rewarm, *rewarm],
+    )
+
+
+def batch_size(recipe: Recipe, samples: int) -> int:
+    """Samples of the step that begins after so many samples; the last step takes what is left."""
+    return min(batch_size_at(recipe.run.batch_size, recipe.run.batch_ramp, samples), recipe.run.samples - samples)

@@ -1,30 +1,36 @@
-"""A training run from a recipe to a checkpoint; `glm train` is a thin door to ``train``."""
+"""A training run from a recipe to a checkpoint, on one process or many; `glm train` is a thin door to ``train``."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from openglm.checkpoints import load_into, open_model, save_checkpoint
 from openglm.config import ModelConfig
-from openglm.data.loader import batches
+from openglm.data.loader import Loader, Rows
 from openglm.data.mixture import Mixture
 from openglm.data.readers import find_files
 from openglm.data.shards import INDEX, Shard, check_sources, open_shards, write_shards
-from openglm.errors import ConfigError, DataError
+from openglm.errors import ConfigError, DataError, TrainingError
 from openglm.models.glm130b import GLM130B
-from openglm.storage import Journal, remove
+from openglm.parallel.execution import Execution
+from openglm.parallel.stage import fill, parallelize
+from openglm.storage import remove
 from openglm.tokenizers import load_tokenizer
 from openglm.training.head_start import give_head_start
-from openglm.training.recipe import Recipe
-from openglm.training.snapshots import Progress, load_snapshot, newest_snapshot, save_snapshot
-from openglm.training.step import MasterWeights, StepResult, make_optimizer, train_step
+from openglm.training.metrics import Recorder
+from openglm.training.model import MasterWeights, ShardedModel, TrainingModel
+from openglm.training.ranks import Ranks, check_batch, connect
+from openglm.training.recipe import Recipe, batch_size
+from openglm.training.snapshots import Progress, Snapshots
+from openglm.training.stability import Edits
+from openglm.training.step import StepResult, Trainer
 from openglm.training.validation import Validator
 
 #: Samples whose targets are counted for ``model.head_start``.
@@ -34,7 +40,7 @@ HEAD_START_SAMPLES = 4_000
 Watcher = Callable[[Progress, StepResult, float], None]
 
 
-def prepare_data(recipe: Recipe, out: Path, log: Callable[[str], None]) -> list[Shard]:
+def prepare_data(recipe: Recipe, out: Path, ranks: Ranks, log: Callable[[str], None]) -> list[Shard]:
     """Token shards of the recipe's corpus, made once below ``out``. The corpus may also be a folder of shards."""
     if not recipe.data.corpus:
         raise DataError("the recipe names no training data", hint="give a folder with --data")
@@ -44,14 +50,16 @@ def prepare_data(recipe: Recipe, out: Path, log: Callable[[str], None]) -> list[
     if (corpus / INDEX).is_file():
         return open_shards(corpus, recipe.data.tokenizer)
     folder = out / "tokens"
-    if not (folder / INDEX).is_file():
+    if ranks.lead and not (folder / INDEX).is_file():
         log(f"tokenizing {len(find_files([corpus]))} files of `{corpus}`")
         write_shards([corpus], folder, recipe.data.tokenizer, log=log)
+    ranks.barrier()
     check_sources([corpus], folder)
     return open_shards(folder, recipe.data.tokenizer)
 
 
-def _configure(recipe: Recipe, vocab_size: int, special: dict[str, int]) -> ModelConfig:
+def configure(recipe: Recipe, vocab_size: int, special: dict[str, int]) -> ModelConfig:
+    """The network's configuration with the tokenizer's ids."""
     config = recipe.model.config()
     if config.vocab_size < vocab_size:
         raise ConfigError(
@@ -63,6 +71,199 @@ def _configure(recipe: Recipe, vocab_size: int, special: dict[str, int]) -> Mode
     share = recipe.objectives.generation_share
     learned = ("[MASK]", "[gMASK]") if 0 < share < 1 else ("[gMASK]",) if share else ("[MASK]",)
     return dataclasses.replace(config, special_tokens=own, learned_masks=learned)
+
+
+def build_model(recipe: Recipe, config: ModelConfig, mixture: Mixture, ranks: Ranks) -> TrainingModel:
+    """The network with its first weights, ready to train on this process's place in the layout."""
+    device = recipe.run.device
+    if ranks.mesh is None:
+        network = GLM130B(config)
+        first_weights(network, recipe, mixture)
+        return MasterWeights(network.to(device), recipe.run.precision)
+    p = recipe.parallel
+    with torch.device("meta"):
+        network = GLM130B(config)
+    stage = parallelize(
+        network, ranks.layout, ranks.mesh, precision=recipe.run.precision, recompute=p.recompute, reshard=p.reshard
+    )
+    stage.to_empty(device=device)
+    # Every process makes the whole weights in turn and keeps its part. That is for models that fit a host's memory;
+    # larger ones start from a checkpoint, whose tensors come one by one.
+    if recipe.model.initial:
+        source = open_model(recipe.model.initial)
+        fill(stage, lambda name, _: source.tensor(name).float())
+    else:
+        whole = GLM130B(config)
+        first_weights(whole, recipe, mixture)
+        weights = whole.state_dict()
+        fill(stage, lambda name, _: weights[name])
+    dtype = getattr(torch, recipe.run.precision)
+    return ShardedModel(Execution(stage, ranks.layout, ranks.mesh, dtype))
+
+
+def first_weights(network: GLM130B, recipe: Recipe, mixture: Mixture) -> None:
+    """Fill a plain network: from a checkpoint, or by its initialisation and the recipe's head start."""
+    network.initialize(recipe.run.seed)
+    if recipe.model.initial:
+        load_into(network, open_model(recipe.model.initial), "float32", "cpu")
+    elif recipe.model.head_start:
+        counts = mixture.target_counts(HEAD_START_SAMPLES, network.config.vocab_size)
+        give_head_start(network, counts, recipe.model.embedding_scale)
+
+
+class Run:
+    """A run in its folder: builds everything, resumes, steps, answers to spikes, saves."""
+
+    def __init__(self, recipe: Recipe, out: Path, ranks: Ranks, *, fresh: bool, log: Callable[[str], None]) -> None:
+        self.recipe, self.out, self.ranks = recipe, out, ranks
+        self.log = log if ranks.lead else lambda _: None
+        check_batch(recipe, ranks.layout)
+        if fresh and ranks.lead:
+            for name in ("snapshots", "metrics.jsonl", "events.jsonl", "edits.json"):
+                remove(out / name)
+        ranks.barrier()
+        shards = prepare_data(recipe, out, ranks, self.log)
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
+        validation = [shard for shard in shards if shard.info.name.startswith("validation")]
+        training = [shard for shard in shards if not shard.info.name.startswith("validation")]
+        self.config = configure(recipe, self.tokenizer.vocab_size, dict(self.tokenizer.special_tokens))
+        self.mixture = Mixture(training, self.tokenizer, recipe.objectives, seed=recipe.run.seed, weights=recipe.data.weights)
+        self.rows = Rows(recipe.run.micro_tokens, recipe.objectives.long_window if recipe.run.aggregate else 0)
+        self.validator = Validator(validation, self.tokenizer, windows=recipe.run.validation_windows)
+        model = build_model(recipe, self.config, self.mixture, ranks)
+        self.trainer = Trainer(model, recipe, ranks, Edits.load(out / "edits.json"))
+        self.progress = Progress()
+        r = recipe.run
+        self.snapshots = Snapshots(out / "snapshots", ranks, keep=r.keep_snapshots, keep_every=r.keep_every)
+        self.snapshots.clean()
+        self._resume()
+        self.recorder = Recorder(out, ranks.lead, from_samples=self.progress.samples)
+        self.loader = Loader(self.mixture, self.rows, ranks.data_rank, ranks.layout.data)
+
+    def _resume(self) -> None:
+        found = self.snapshots.newest()
+        if found is None:
+            return
+        path, state = found
+        self.progress = self.snapshots.load(path, state, self.trainer.model, self.trainer.optimizer)
+        self.trainer.restore(state["trainer"])
+        self.log(f"resumed from `{path.name}`: {self.progress.samples:,} samples, {self.progress.tokens:,} tokens")
+        changes = list(_changes(state["recipe"], self.recipe.to_dict()))
+        for change in changes:
+            self.log(f"changed since then: {change}")
+        if self.ranks.lead:
+            Recorder.event(self.out, "resume", self.progress.samples, snapshot=path.name, changes=changes)
+
+    def save(self) -> None:
+        """Begin a snapshot of where the run stands."""
+        state = {"recipe": self.recipe.to_dict(), "trainer": self.trainer.state()}
+        self.snapshots.save(self.trainer.model, self.trainer.optimizer, self.progress, state)
+
+    def validate(self) -> dict[str, float]:
+        """Bits per byte by language."""
+        model = self.trainer.model
+        model.network.eval()
+        try:
+            return self.validator(model.losses)
+        finally:
+            model.network.train()
+
+    def _size(self, samples: int) -> int:
+        return max(batch_size(self.recipe, samples), 0)
+
+    def steps(self, stop: Callable[[], bool], watch: Watcher | None) -> None:
+        """Train until the recipe's samples are done or ``stop`` says so."""
+        r, progress = self.recipe.run, self.progress
+        last = time.monotonic()
+        while (position := self.trainer.edits.position(progress.samples)) < r.samples:
+            size = self._size(position)
+            following = self.trainer.edits.position(position + size)
+            batch = self.loader.batch(position, size, (following, self._size(following)) if following < r.samples else None)
+            logged = (progress.steps + 1) % r.log_every == 0
+            result = self.trainer.step(batch, self.rows, measure_updates=logged)
+            now = time.monotonic()
+            taken, last = now - last, now
+            if result.verdict != "step" or result.why:
+                self.recorder.note(result.verdict, position, why=result.why, loss=result.loss, norm=result.gradient_norm)
+                if result.verdict != "step":
+                    self.log(f"sample {position:,}: {result.verdict}, {result.why}")
+            if result.verdict == "rollback":
+                self._roll_back(position + size)
+                progress = self.progress
+                last = time.monotonic()
+                continue
+            progress.samples = position + size
+            progress.steps += 1
+            progress.tokens += result.tokens
+            progress.targets += result.targets
+            progress.seconds += taken
+            speed = result.tokens / taken
+            done = progress.samples >= r.samples
+            stopping = self.ranks.told(stop())
+            if progress.steps % r.validate_every == 0 or done or stopping:
+                progress.validation = self.validate()
+            if watch and self.ranks.lead:
+                watch(progress, result, speed)
+            if logged or done or stopping:
+                times = self.ranks.gather(taken)
+                self.recorder.row(progress, result, speed, times)
+            if progress.steps % r.snapshot_every == 0 or done or stopping:
+                self.save()
+            last = time.monotonic()  # validation and snapshots are not training time
+            if stopping:
+                break
+
+    def _roll_back(self, end: int) -> None:
+        """Return to the last snapshot before the trouble, and edit what lies ahead as the recipe's policy says."""
+        policy, edits, guard = self.recipe.stability, self.trainer.edits, self.trainer.guard
+        edits.rollbacks += 1
+        suspect = guard.suspect if guard.suspect is not None else end
+        found = self.snapshots.newest(at_most=suspect)
+        if found is None or edits.rollbacks > policy.most_rollbacks:
+            reason = "there is no snapshot before it" if found is None else f"rolled back {policy.most_rollbacks} times already"
+            raise TrainingError(
+                f"the run diverges at sample {suspect:,}, and {reason}",
+                hint="lower optimizer.learning_rate or look at the data there, and run the same command: it resumes",
+                key="stability",
+            )
+        path, state = found
+        self.progress = self.snapshots.load(path, state, self.trainer.model, self.trainer.optimizer)
+        self.trainer.restore(state["trainer"])
+        self.snapshots.forget_after(self.progress.samples)
+        start = self.progress.samples
+        self.recorder.rewind(start)
+        if policy.skip_samples:
+            edits.skipped.append((start, end))
+        edits.shrink *= policy.shrink
+        if policy.rewarm_samples:
+            edits.rewarm.append((edits.position(start), policy.rewarm_samples))
+        if self.ranks.lead:
+            edits.save(self.out / "edits.json")
+        self.recorder.note("rollback", suspect, to=path.name, **dataclasses.asdict(edits))
+        left_out = f", leaving out samples {start:,} to {end:,}" if policy.skip_samples else ""
+        self.log(f"rolled back to `{path.name}`{left_out}")
+
+    def export(self) -> Path:
+        """Write the weights as a float16 checkpoint to ``out/model``."""
+        target = self.out / "model"
+        parts: dict[str, Tensor] = {name: tensor.cpu() for name, tensor in self.trainer.model.whole_weights()}
+        if self.ranks.layout.pipeline > 1:
+            for other in self.ranks.gather(parts if self.ranks.mesh is not None and self._speaks_for_stage() else {}):
+                parts = {**other, **parts}
+        if self.ranks.lead:
+            save_checkpoint(target, self.config, parts, tokenizer=self.tokenizer, dtype="float16", replace=True)
+        self.ranks.barrier()
+        return target
+
+    def _speaks_for_stage(self) -> bool:
+        mesh = self.ranks.mesh
+        return mesh is not None and mesh["data"].get_local_rank() == 0 and mesh["tensor"].get_local_rank() == 0
+
+    def close(self) -> None:
+        """End threads and files."""
+        self.loader.close()
+        self.recorder.close()
+        self.snapshots.close()
 
 
 def train(
@@ -77,87 +278,29 @@ def train(
 ) -> Path:
     """Train until the recipe's samples are done; returns the folder of the finished checkpoint, ``out/model``.
 
-    Resumes from the newest snapshot in ``out``; ``fresh`` removes what is there. ``stop_after``: seconds after which to
-    save a snapshot and stop; ``should_stop``: asked after each step, True does the same. The checkpoint is written from
-    wherever the run stands. Metrics go to ``out/metrics.jsonl``.
+    Under torchrun every process calls it, and the recipe's [parallel] says who does what. Resumes from the newest
+    snapshot in ``out``; ``fresh`` removes what is there. ``stop_after``: seconds after which to save a snapshot and stop;
+    ``should_stop``: asked after each step, True does the same. The checkpoint is written from wherever the run stands.
+    Metrics go to ``out/metrics.jsonl``, interventions to ``out/events.jsonl``.
     """
-    out = Path(out)
-    if fresh:
-        remove(out / "snapshots")
-        remove(out / "metrics.jsonl")
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    shards = prepare_data(recipe, out, log)
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    validation = [shard for shard in shards if shard.info.name.startswith("validation")]
-    training = [shard for shard in shards if not shard.info.name.startswith("validation")]
-    config = _configure(recipe, tokenizer.vocab_size, dict(tokenizer.special_tokens))
-    mixture = Mixture(training, tokenizer, recipe.objectives, seed=recipe.run.seed, weights=recipe.data.weights)
-    validator = Validator(validation, tokenizer, windows=recipe.run.validation_windows)
+    ranks = connect(recipe)
+    run = Run(recipe, Path(out), ranks, fresh=fresh, log=log)
+    try:
+        left = recipe.run.samples - run.progress.samples
+        run.log(f"{run.config.parameter_count:,} parameters, {left:,} samples to go")
+        began = time.monotonic()
 
-    network = GLM130B(config).initialize(recipe.run.seed)
-    if recipe.model.initial:
-        load_into(network, open_model(recipe.model.initial), "float32", "cpu")
-    elif recipe.model.head_start:
-        give_head_start(network, mixture.target_counts(HEAD_START_SAMPLES, config.vocab_size), recipe.model.embedding_scale)
-    network.input_gradient_factor = recipe.optimizer.input_gradient_factor
-    network.output_gradient_factor = recipe.optimizer.output_gradient_factor
-    network.to(recipe.run.device)
-    master = MasterWeights(network, recipe.run.precision)
-    optimizer = make_optimizer(master, recipe)
-    progress = Progress()
-    found = newest_snapshot(out / "snapshots")
-    if found is not None:
-        progress = load_snapshot(found[0], master, optimizer, found[1])
-        log(f"resumed from `{found[0].name}`: {progress.samples:,} samples, {progress.tokens:,} tokens")
-        for change in _changes(found[1]["recipe"], recipe.to_dict()):
-            log(f"changed since then: {change}")
+        def stop() -> bool:
+            return should_stop() or (stop_after is not None and time.monotonic() - began > stop_after)
 
-    def sizes() -> Iterator[int]:
-        left = recipe.run.samples - progress.samples
-        while left > 0:
-            yield min(recipe.run.batch_size, left)
-            left -= recipe.run.batch_size
-
-    def snapshot() -> None:
-        save_snapshot(out / "snapshots", master, optimizer, progress, recipe.to_dict(), recipe.run.keep_snapshots)
-
-    log(f"{config.parameter_count:,} parameters, {recipe.run.samples - progress.samples:,} samples to go")
-    began, last = time.monotonic(), time.monotonic()
-    with Journal(out / "metrics.jsonl") as metrics:
-        for batch in batches(mixture, progress.samples, sizes(), recipe.run.micro_tokens):
-            result = train_step(network, master, optimizer, batch, recipe)
-            if not math.isfinite(result.loss):
-                raise ConfigError(
-                    f"the loss is {result.loss} at step {progress.steps + 1}",
-                    hint="lower optimizer.learning_rate and run the same command: it resumes from the last snapshot",
-                    key="optimizer.learning_rate",
-                )
-            now = time.monotonic()
-            speed = batch.tokens / (now - last)
-            progress.samples += sum(len(micro.samples) for micro in batch.micro_batches)
-            progress.steps += 1
-            progress.tokens += batch.tokens
-            progress.targets += batch.targets
-            progress.seconds += now - last
-            last = now
-            done = progress.samples >= recipe.run.samples
-            stop = should_stop() or (stop_after is not None and now - began > stop_after)
-            if progress.steps % recipe.run.validate_every == 0 or done or stop:
-                network.eval()
-                progress.validation = validator(network, recipe.run.device)
-                network.train()
-            if watch:
-                watch(progress, result, speed)
-            if progress.steps % recipe.run.log_every == 0 or done or stop:
-                metrics.append(_row(progress, result, speed))
-            if progress.steps % recipe.run.snapshot_every == 0 or done or stop:
-                snapshot()
-            last = time.monotonic()  # validation and snapshots are not training time
-            if stop:
-                log(f"stopped after {now - began:.0f} s; the same command goes on from here")
-                break
-    return export(out, network, master, config, tokenizer)
+        run.steps(stop, watch)
+        if run.progress.samples < recipe.run.samples:
+            run.log(f"stopped after {time.monotonic() - began:.0f} s; the same command goes on from here")
+        return run.export()
+    finally:
+        run.close()
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -168,26 +311,3 @@ def _changes(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterat
             yield from _changes(before, after, f"{path}{key}.")
         elif before != after:
             yield f"{path}{key}: {before} -> {after}"
-
-
-def export(out: Path, network: GLM130B, master: MasterWeights, config: ModelConfig, tokenizer: Any) -> Path:
-    """Write the weights as a float16 checkpoint to ``out/model``."""
-    target = out / "model"
-    tensors = {name: p.detach().cpu() for name, p in zip(master.names, master.master, strict=True)}
-    save_checkpoint(target, config, tensors, tokenizer=tokenizer, dtype="float16", replace=True)
-    return target
-
-
-def _row(progress: Progress, result: StepResult, speed: float) -> dict[str, Any]:
-    return {
-        "step": progress.steps,
-        "samples": progress.samples,
-        "tokens": progress.tokens,
-        "seconds": round(progress.seconds, 1),
-        "loss": round(result.loss, 5),
-        "losses": {name: round(total / max(count, 1), 4) for name, (total, count) in sorted(result.groups.items())},
-        "gradient_norm": round(result.gradient_norm, 4),
-        "learning_rate": result.learning_rate,
-        "tokens_per_second": round(speed, 1),
-        "bits_per_byte": {name: round(value, 4) for name, value in progress.validation.items()},
-    }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openglm.data.shards import Shard
 from openglm.infilling import Batch, Layout, language_model_windows
 from openglm.models.glm130b import GLM130B
 from openglm.tokenizers.base import Tokenizer
-from openglm.training.step import token_losses
+from openglm.training.model import token_losses
 
 
 def continuation_windows(document: np.ndarray, special, window: int = 512) -> list[Layout]:
@@ -24,26 +25,37 @@ def continuation_windows(document: np.ndarray, special, window: int = 512) -> li
     return layouts
 
 
-@torch.inference_mode()
-def bits(network: GLM130B, layouts: Sequence[Layout], device: torch.device | str = "cpu", places: int = 8_192) -> float:
+#: Losses in nats, float32 ``[b, s]``, of a batch; 0 where there is no target.
+Losses = Callable[[Batch], Tensor]
+
+
+def network_losses(network: GLM130B, device: torch.device | str = "cpu") -> Losses:
+    """The losses of a plain network."""
+
+    @torch.inference_mode()
+    def losses(batch: Batch) -> Tensor:
+        return token_losses(network, batch, device)[0]
+
+    return losses
+
+
+def bits(losses_of: Losses, layouts: Sequence[Layout], places: int = 8_192) -> float:
     """Sum of -log2 p over all targets of the layouts."""
     total = 0.0
     ordered = sorted(layouts, key=len)
     while ordered:
         count = max(1, places // len(ordered[-1]))
         group, ordered = ordered[-count:], ordered[:-count]
-        losses, _ = token_losses(network, Batch.stack(group), device)
-        total += float(losses.double().sum())
+        total += float(losses_of(Batch.stack(group, multiple=8)).double().sum())
     return total / math.log(2)
 
 
 def bits_per_byte(
-    network: GLM130B,
+    losses_of: Losses,
     documents: Iterable[np.ndarray],
     tokenizer: Tokenizer,
     *,
     window: int = 512,
-    device: torch.device | str = "cpu",
 ) -> float:
     """Bits per UTF-8 byte of documents (token ids without end-of-text), window by window."""
     layouts: list[Layout] = []
@@ -51,7 +63,7 @@ def bits_per_byte(
     for document in documents:
         layouts += continuation_windows(document, tokenizer.special_tokens, window)
         size += len(tokenizer.decode(document.tolist()).encode())
-    return bits(network, layouts, device) / max(size, 1)
+    return bits(losses_of, layouts) / max(size, 1)
 
 
 class Validator:
@@ -67,9 +79,9 @@ class Validator:
             pieces = [np.asarray(shard.document(int(k))[:window], dtype=np.int64) for k in chosen]
             self.documents.setdefault(shard.info.language, []).extend(p[p != eos] for p in pieces)
 
-    def __call__(self, network: GLM130B, device: torch.device | str = "cpu") -> dict[str, float]:
+    def __call__(self, losses_of: Losses) -> dict[str, float]:
         """Language to bits per byte."""
         return {
-            language: bits_per_byte(network, documents, self.tokenizer, window=self.window, device=device)
+            language: bits_per_byte(losses_of, documents, self.tokenizer, window=self.window)
             for language, documents in self.documents.items()
         }

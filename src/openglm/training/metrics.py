@@ -1,0 +1,110 @@
+"""What a run leaves to be read: ``metrics.jsonl``, a row every few steps, and ``events.jsonl``, what was done to it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from openglm.storage import Journal, atomic_write
+from openglm.training.snapshots import Progress
+from openglm.training.step import StepResult, Sums
+
+#: A process is called slow when its steps take so many times the median of all.
+STRAGGLER = 1.3
+
+
+class Recorder:
+    """Writes both files; on other processes than the lead it does nothing."""
+
+    def __init__(self, out: Path, lead: bool, *, from_samples: int = 0) -> None:
+        self.out, self._lead = out, lead
+        self._metrics: Journal | None = None
+        if lead:
+            cut_after(out / "metrics.jsonl", from_samples)
+            self._metrics = Journal(out / "metrics.jsonl")
+
+    def row(self, progress: Progress, result: StepResult, speed: float, times: list[float]) -> None:
+        """One row of metrics. ``times``: seconds of the step by process."""
+        if self._metrics is None:
+            return
+        row: dict[str, Any] = {
+            "step": progress.steps,
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 1),
+            "loss": round(result.loss, 5),
+            "losses": _means(result.groups),
+            "sources": _means(result.sources),
+            "gradient_norm": _short(result.gradient_norm),
+            "gradient_norms": {name: _short(value) for name, value in result.norms.items()},
+            "update_norms": {name: _short(value) for name, value in result.updates.items()},
+            "learning_rate": result.learning_rate,
+            "loss_scale": result.loss_scale,
+            "tokens_per_second": round(speed, 1),
+            "bits_per_byte": {name: round(value, 4) for name, value in progress.validation.items()},
+        }
+        if len(times) > 1:
+            row["rank_seconds"] = [round(value, 4) for value in times]
+            slow = stragglers(times)
+            if slow:
+                row["stragglers"] = slow
+        self._metrics.append(row)
+
+    def rewind(self, samples: int) -> None:
+        """Drop rows behind ``samples``, after a roll-back; the events keep the story."""
+        if self._metrics is not None:
+            self._metrics.close()
+            cut_after(self.out / "metrics.jsonl", samples)
+            self._metrics = Journal(self.out / "metrics.jsonl")
+
+    def note(self, kind: str, samples: int, **details: Any) -> None:
+        """One event."""
+        if self._lead:
+            self.event(self.out, kind, samples, **details)
+
+    @staticmethod
+    def event(out: Path, kind: str, samples: int, **details: Any) -> None:
+        """Append to ``events.jsonl``."""
+        with Journal(out / "events.jsonl") as events:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            events.append({"time": now, "event": kind, "samples": samples, **details})
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def stragglers(times: list[float]) -> list[int]:
+    """Ranks whose step took clearly longer than the median."""
+    middle = statistics.median(times)
+    return [rank for rank, value in enumerate(times) if value > STRAGGLER * middle]
+
+
+def cut_after(path: Path, samples: int) -> None:
+    """Drop rows behind a snapshot: the run makes them anew."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["samples"] > samples:
+                break
+        except (ValueError, KeyError, TypeError):
+            return  # torn, or not ours: the journal will say
+        kept.append(line)
+    if len(kept) < len(lines):
+        with atomic_write(path, "w", encoding="utf-8") as file:
+            file.writelines(kept)
+
+
+def _means(sums: Sums) -> dict[str, float]:
+    return {name: round(total / max(count, 1), 4) for name, (total, count) in sorted(sums.items())}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

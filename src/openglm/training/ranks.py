@@ -1,0 +1,101 @@
+"""The processes of a run: who this one is, and the few things that they tell each other. One process needs none of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from openglm.errors import ConfigError
+from openglm.parallel.layout import ParallelLayout
+from openglm.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all; sums, gathered objects and barriers that are nothing on a single process."""
+
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    mesh: DeviceMesh | None = None
+    rank: int = 0
+    side: dist.ProcessGroup | None = None
+    """A gloo group of all processes for objects."""
+    writing: dist.ProcessGroup | None = None
+    """Another one, for the threads that write snapshots meanwhile: two threads must not share a group."""
+
+    @property
+    def lead(self) -> bool:
+        """True on the process that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples is this process's."""
+        return 0 if self.mesh is None else self.mesh["data"].get_local_rank()
+
+    def data_sum(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over the data ranks."""
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def data_most(self, number: float) -> float:
+        """The largest over the data ranks."""
+        return self._reduce([number], dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, numbers: Sequence[float], operation: Any) -> list[float]:
+        if self.mesh is None or self.layout.data == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.mesh.device_type)
+        dist.all_reduce(tensor, op=operation, group=self.mesh.get_group("data"))
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process hands in, by rank."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.layout.world_size
+        dist.all_gather_object(values, value, group=self.side)
+        return values
+
+    def told(self, value: Any) -> Any:
+        """What the lead hands in."""
+        if self.mesh is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.side)
+        return values[0]
+
+    def barrier(self, *, writing: bool = False) -> None:
+        """Wait for all; ``writing``: on the snapshots' group."""
+        if self.mesh is not None:
+            dist.barrier(group=self.writing if writing else self.side)
+
+
+def connect(recipe: Recipe) -> Ranks:
+    """The processes that torchrun started, on the recipe's layout; a process alone if there was no torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    p = recipe.parallel
+    layout = ParallelLayout(p.data or max(size // (p.tensor * p.pipeline), 1), p.tensor, p.pipeline)
+    layout.check(recipe.model.config(), size)
+    if size == 1:
+        return Ranks()
+    device = recipe.run.device
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=p.timeout))
+    mesh = layout.mesh("cuda" if device.startswith("cuda") else "cpu")
+    side, writing = (dist.new_group(backend="gloo", timeout=timedelta(seconds=p.timeout)) for _ in range(2))
+    return Ranks(layout, mesh, dist.get_rank(), side, writing)
+
+
+def check_batch(recipe: Recipe, layout: ParallelLayout) -> None:
+    """Raise ``ConfigError`` if the recipe's batches cannot be cut as the layout needs."""
+    if layout.pipeline > 1 and not recipe.run.aggregate:
+        raise ConfigError("a pipeline needs micro-batches of one shape", hint="set run.aggregate = true", key="run.aggregate")

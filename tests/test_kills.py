@@ -1,0 +1,164 @@
+"""Runs that are killed, in real processes: nothing is lost, and the loss curve is as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from openglm.checkpoints import open_model
+from openglm.data.shards import write_shards
+
+RECIPE = """
+[model.changes]
+num_layers = 2
+vocab_size = 640
+hidden_size = 32
+num_attention_heads = 2
+inner_hidden_size = 64
+max_sequence_length = 128
+[objectives]
+window = 64
+long_window = 64
+[optimizer]
+learning_rate = 0.003
+warmup_samples = 8
+[run]
+samples = 240
+batch_size = 4
+micro_tokens = 256
+precision = "float32"
+threads = 1
+snapshot_every = 4
+validate_every = 1000
+validation_windows = 1
+log_every = 1
+[stability]
+skip_norm = 50.0
+"""
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, tiny_corpus, tiny_tokenizer_path) -> list[str]:
+    folder = tmp_path_factory.mktemp("recipe")
+    write_shards([tiny_corpus], folder / "tokens", tiny_tokenizer_path, workers=1)
+    (folder / "recipe.toml").write_text(RECIPE)
+    given = ["--data", str(folder / "tokens"), "--tokenizer", str(tiny_tokenizer_path)]
+    return ["-m", "openglm", "train", str(folder / "recipe.toml"), *given, "--out"]
+
+
+def start(command: list[str], out: Path, *launcher: str) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *command, str(out)],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    finish(start(command, out))
+    return out
+
+
+def curve(out: Path) -> dict[int, tuple]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: (row["loss"], row["gradient_norm"]) for row in map(json.loads, lines)}
+
+
+def assert_equal_bit_for_bit(out: Path, undisturbed: Path) -> None:
+    assert curve(out) == curve(undisturbed)
+    one, other = open_model(out / "model"), open_model(undisturbed / "model")
+    for name in other.names():
+        assert torch.equal(one.tensor(name), other.tensor(name)), name
+
+
+def kill_when(process: subprocess.Popen, ready, timeout: float = 120.0) -> bool:
+    """Kill -9 as soon as ``ready()``; False if the process ended before."""
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            process.communicate()
+            return False
+        if ready():
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return True
+        time.sleep(0.001)
+    raise AssertionError("never ready to be killed")
+
+
+def test_three_kills_change_nothing(command, undisturbed, tmp_path) -> None:
+    snapshots = tmp_path / "snapshots"
+
+    def steps() -> int:
+        metrics = tmp_path / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.is_file() else 0
+
+    # Between two snapshots; in the middle of saving one; and before the first step of a resumed run is done.
+    assert kill_when(start(command, tmp_path), lambda: steps() >= 6 and any(snapshots.glob("samples-*")))
+    assert kill_when(start(command, tmp_path), lambda: steps() > 8 and any(snapshots.glob(".samples-*.part/tensors/*")))
+    assert kill_when(start(command, tmp_path), lambda: (tmp_path / "events.jsonl").read_text().count("resume") >= 2)
+    said = finish(start(command, tmp_path))
+    assert "resumed from" in said
+    assert not list(snapshots.glob(".*"))  # what was half written is gone
+    assert_equal_bit_for_bit(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_times(command, undisturbed, tmp_path) -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        process = start(command, tmp_path)
+        time.sleep(rng.uniform(1.0, 6.0))
+        process.kill()
+        process.communicate()
+    finish(start(command, tmp_path))
+    assert_equal_bit_for_bit(tmp_path, undisturbed)
+
+
+def workers_of(launcher: subprocess.Popen) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == launcher.pid:
+                found.append(int(folder.name))
+        except (OSError, ValueError, IndexError):
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_lost_rank_restarts_by_itself(command, undisturbed, tmp_path) -> None:
+    # One kill can use up two restarts: the first new generation may still find the old address.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "5"]
+    process = start(command, tmp_path, *launcher)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "snapshots").glob("samples-*")):
+        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
+    finish(process)
+    assert '"resume"' in (tmp_path / "events.jsonl").read_text()
+    expected, found = curve(undisturbed), curve(tmp_path)
+    assert found.keys() == expected.keys()
+    for step, (loss, _) in expected.items():
+        assert found[step][0] == pytest.approx(loss, rel=1e-4)
