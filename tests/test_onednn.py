@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from openglm.config import ModelConfig
-from openglm.inference import onednn
+from openglm.kernels import onednn
 from openglm.models.glm130b import GLM130B
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="torch without oneDNN, or not an x86")
@@ -55,8 +55,12 @@ def test_a_network_keeps_its_weights_and_its_logits() -> None:
     assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == before
     assert (fast - plain).abs().max() <= 1e-6 * plain.abs().max()
     assert type(network.layers["0"].mlp.dense_h_to_4h) is onednn.OneDNNLinear
-    # Gradients and other dtypes take the twin's road.
-    network(tokens, positions).sum().backward()
-    assert all(p.grad is not None for p in network.parameters())
+    # Gradients, and other dtypes, which take the twin's road.
+    network(tokens, positions).square().sum().backward()
+    twin = GLM130B(config).initialize(3)
+    twin(tokens, positions).square().sum().backward()
+    for one, other in zip(network.parameters(), twin.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert (one.grad - other.grad).abs().max() <= 2e-6 * other.grad.abs().max()
     with torch.inference_mode():
         assert network.double()(tokens, positions).dtype == torch.float64

@@ -220,3 +220,77 @@ def test_stages_are_lighter_at_the_ends() -> None:
             assert len(cut) == stages and min(map(len, cut)) >= 1
             middle = [len(part) for part in cut[1:-1]]
             assert not middle or max(len(cut[0]), len(cut[-1])) <= max(middle)
+
+
+def masks_of(layout: ParallelLayout) -> tuple[list[int], list[torch.Tensor], list[torch.Tensor]]:
+    """Place on the mesh, dropout masks of the branches, and of the attention weights, of one forward pass."""
+    mesh = layout.mesh("cpu")
+    with torch.device("meta"):
+        network = GLM130B(CONFIG)
+    stage = parallelize(network, layout, mesh)
+    stage.to_empty(device="cpu")
+    initialize(stage, CONFIG, 5)
+    stage.set_dropout(0.5, 0.5)
+    place = [mesh[axis].get_local_rank() for axis in ("pipeline", "data", "tensor")]
+    torch.manual_seed(17 + 100 * place[0] + 10 * place[1])  # as the step does: by stage and data rank
+    hidden: list[torch.Tensor] = []
+    attention: list[torch.Tensor] = []
+    real = F.dropout, F.scaled_dot_product_attention
+
+    def dropout(x, p, training):
+        out = real[0](torch.ones_like(x), p, training)
+        hidden.append(out.detach().clone())
+        return x * out
+
+    def attend(query, key, value, attn_mask, dropout_p):
+        attention.append(real[0](torch.ones(query.shape[:3]), dropout_p, True))
+        return real[1](query, key, value, attn_mask=attn_mask)
+
+    F.dropout, F.scaled_dot_product_attention = dropout, attend
+    try:
+        whole = batch()
+        x = whole.tokens if stage.first else torch.randn(ROWS, LENGTH, CONFIG.hidden_size)
+        if layout.tensor > 1:
+            from torch.distributed.tensor.parallel import loss_parallel
+
+            with loss_parallel():
+                stage(x, whole.positions, whole.mask, whole.targets)
+        else:
+            stage(x, whole.positions, whole.mask, whole.targets)
+    finally:
+        F.dropout, F.scaled_dot_product_attention = real
+    return place, hidden, attention
+
+
+def test_no_dropout_mask_is_repeated_on_two_shards(workers) -> None:
+    found = workers.run(8, masks_of, ParallelLayout(data=2, tensor=2, pipeline=2))
+    for a in range(8):
+        for b in range(a):
+            (one, hidden_a, attention_a), (other, hidden_b, attention_b) = found[a], found[b]
+            same_but_tensor = one[:2] == other[:2]
+            # Branches lie whole on every tensor rank and are dropped alike there; all else differs.
+            assert all(torch.equal(x, y) == same_but_tensor for x, y in zip(hidden_a, hidden_b, strict=True))
+            assert not any(torch.equal(x, y) for x, y in zip(attention_a, attention_b, strict=True))
+    for _, hidden, attention in found:
+        for masks in (hidden, attention):
+            assert len(masks) == (4 if masks is hidden else 2)
+            assert not any(torch.equal(masks[k], masks[j]) for k in range(len(masks)) for j in range(k))
+
+
+def dropped_gradients(layout: ParallelLayout, recompute: bool):
+    mesh = layout.mesh("cpu")
+    with torch.device("meta"):
+        network = GLM130B(CONFIG)
+    stage = parallelize(network, layout, mesh, recompute=recompute)
+    stage.to_empty(device="cpu")
+    initialize(stage, CONFIG, 5)
+    stage.set_dropout(0.1, 0.1)
+    torch.manual_seed(3)
+    Execution(stage, layout, mesh).forward_backward([batch()], 0.001)
+    return dict(gather(stage, lambda p: p.grad))
+
+
+def test_recomputation_drops_the_same(workers) -> None:
+    kept, again = (workers.run(2, dropped_gradients, ParallelLayout(tensor=2), recompute)[0] for recompute in (False, True))
+    for name, gradient in kept.items():
+        assert torch.allclose(gradient, again[name], atol=1e-7), name

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from openglm.errors import InputError
 from openglm.inference.cache import StaticCache
-from openglm.inference.onednn import use_onednn
 from openglm.inference.sampling import FORBIDDEN, SamplingSettings, draw, filter_logits, penalize
 from openglm.infilling import Batch, Layout, Prompt
+from openglm.kernels.onednn import use_onednn
 from openglm.models.glm130b import GLM130B
 
 

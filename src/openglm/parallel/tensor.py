@@ -7,6 +7,7 @@ added once; norms are whole on every rank, and their gradients are equal there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from openglm.models.glm130b import GLM130B
+from openglm.models.glm130b import GLM130B, Attention, KeyValueCache
 
 
 class PairedLinear(nn.Module):
@@ -56,6 +57,25 @@ def is_paired(name: str) -> bool:
     return "mlp.dense_h_to_4h." in name
 
 
+class OwnMasksAttention(Attention):
+    """Attention whose dropout masks differ between tensor ranks: each has other heads.
+
+    Everything else that is dropped lies whole on every rank and must be dropped alike, so the ranks share one random
+    state; here each leaves it for a while, by a number drawn from it, which recomputation draws again.
+    """
+
+    tensor_rank: int
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        """As ``Attention``."""
+        if not self.training or not self.dropout:
+            return super().forward(x, rotary, mask, cache)
+        draw = int(torch.randint(1 << 40, ()))
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            torch.manual_seed(draw * 4096 + self.tensor_rank)
+            return super().forward(x, rotary, mask, cache)
+
+
 class _PairedParallel(ParallelStyle):
     """Cuts a ``PairedLinear`` along its first axis."""
 
@@ -78,7 +98,10 @@ def parallelize_tensors(network: GLM130B, mesh: DeviceMesh) -> None:
     Layers and the vocabulary matrix may be absent (pipeline stages).
     """
     plan: dict[str, ParallelStyle] = {}
-    for number in network.layers:
+    for number, layer in network.layers.items():
+        attention = cast(OwnMasksAttention, layer.attention)
+        attention.__class__ = OwnMasksAttention
+        attention.tensor_rank = mesh.get_local_rank()
         plan[f"layers.{number}.attention.query_key_value"] = ColwiseParallel()
         plan[f"layers.{number}.attention.dense"] = RowwiseParallel()
         plan[f"layers.{number}.mlp.dense_h_to_4h"] = _PairedParallel()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openglm.infilling import NO_TARGET, Batch
+from openglm.kernels.onednn import use_onednn
 from openglm.models.glm130b import GLM130B
 from openglm.parallel.execution import Execution
 from openglm.parallel.execution import MicroBatch as Tensors
@@ -82,6 +83,8 @@ class MasterWeights:
 
     def __init__(self, network: GLM130B, precision: str) -> None:
         self.network = network
+        if precision == "float32":
+            use_onednn(network)
         self.names = [name for name, _ in network.named_parameters()]
         self.same = precision == "float32"
         full = [parameter.detach().float().clone() for parameter in network.parameters()]

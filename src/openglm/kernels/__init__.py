@@ -1,0 +1,1 @@
+"""Fast paths; each names its readable twin."""
