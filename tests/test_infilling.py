@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from openglm import infilling
-from openglm.config import RELEASED_SPECIAL_TOKENS
+from openglm.config import OWN_SPECIAL_TOKENS, RELEASED_SPECIAL_TOKENS, ModelConfig
 from openglm.errors import InputError
+from openglm.models.glm130b import GLM130B
 
 SPECIAL = RELEASED_SPECIAL_TOKENS
 SMALL = {"pad": 0, "eos": 2, "[MASK]": 3, "[gMASK]": 4, "[sMASK]": 5, "sop": 7, "eop": 8}
@@ -247,3 +249,37 @@ def test_the_blank_before_a_mask_belongs_to_the_answer():
     assert infilling.place_answer("The ", " cat") == "cat"
     assert infilling.place_answer("The", " cat") == " cat"
     assert infilling.place_answer("", " Cat") == "Cat"
+
+
+def test_aggregated_samples_see_only_themselves() -> None:
+    rng = np.random.default_rng(0)
+    special = OWN_SPECIAL_TOKENS
+    samples = []
+    for number in range(7):
+        text = rng.integers(11, 90, int(rng.integers(6, 20)))
+        if number % 2:
+            samples.append(infilling.generation_sample(text, int(rng.integers(1, len(text))), special))
+        else:
+            length, spans = infilling.draw_spans(len(text), 40, rng)
+            samples.append(infilling.blank_sample(text[:length], infilling.place_spans(length, spans, rng), spans, special))
+    rows = [samples[:3], samples[3:6], [], samples[6:]]
+    batch = infilling.Batch.aggregate(rows, 96)
+    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, inner_hidden_size=48, vocab_size=96)
+    network = GLM130B(config).initialize(0).eval()
+    with torch.inference_mode():
+        logits = network(batch.tokens, batch.positions, batch.mask)
+        for row, layouts in enumerate(rows):
+            start = 0
+            for layout in layouts:
+                end = start + len(layout)
+                # The twin: the sample alone.
+                assert torch.equal(batch.mask[row, start:end, start:end], torch.from_numpy(layout.visible()))
+                assert not batch.mask[row, start:end, :start].any() and not batch.mask[row, start:end, end:].any()
+                alone = infilling.Batch.stack([layout])
+                expected = network(alone.tokens, alone.positions, alone.mask)[0]
+                torch.testing.assert_close(logits[row, start:end], expected, rtol=1e-4, atol=1e-5)
+                assert torch.equal(batch.targets[row, start:end], alone.targets[0])
+                start = end
+            assert not batch.valid[row, start:].any() and not batch.mask[row, start:].any()
+    with pytest.raises(InputError, match="do not fit a row of 20"):
+        infilling.Batch.aggregate([samples], 20)

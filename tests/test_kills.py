@@ -162,3 +162,18 @@ def test_a_lost_rank_restarts_by_itself(command, undisturbed, tmp_path) -> None:
     assert found.keys() == expected.keys()
     for step, (loss, _) in expected.items():
         assert found[step][0] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_hung_rank_ends_the_others_and_all_start_anew(command, undisturbed, tmp_path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "5"]
+    process = start([*command[:-1], "--set", "parallel.timeout=20.0", "--out"], tmp_path, *launcher)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "snapshots").glob("samples-*")):
+        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(workers_of(process)[-1], signal.SIGSTOP)
+    finish(process)
+    assert '"resume"' in (tmp_path / "events.jsonl").read_text()
+    assert curve(tmp_path).keys() == curve(undisturbed).keys()

@@ -11,6 +11,7 @@ from typing import Any
 from openglm.storage import Journal, atomic_write
 from openglm.training.snapshots import Progress
 from openglm.training.step import StepResult, Sums
+from openglm.training.trackers import Trackers
 
 #: A process is called slow when its steps take so many times the median of all.
 STRAGGLER = 1.3
@@ -19,8 +20,8 @@ STRAGGLER = 1.3
 class Recorder:
     """Writes both files; on other processes than the lead it does nothing."""
 
-    def __init__(self, out: Path, lead: bool, *, from_samples: int = 0) -> None:
-        self.out, self._lead = out, lead
+    def __init__(self, out: Path, lead: bool, *, from_samples: int = 0, trackers: Trackers | None = None) -> None:
+        self.out, self._lead, self._trackers = out, lead, trackers
         self._metrics: Journal | None = None
         if lead:
             cut_after(out / "metrics.jsonl", from_samples)
@@ -52,6 +53,8 @@ class Recorder:
             if slow:
                 row["stragglers"] = slow
         self._metrics.append(row)
+        if self._trackers is not None:
+            self._trackers.row(row)
 
     def rewind(self, samples: int) -> None:
         """Drop rows behind ``samples``, after a roll-back; the events keep the story."""
@@ -61,21 +64,22 @@ class Recorder:
             self._metrics = Journal(self.out / "metrics.jsonl")
 
     def note(self, kind: str, samples: int, **details: Any) -> None:
-        """One event."""
-        if self._lead:
-            self.event(self.out, kind, samples, **details)
-
-    @staticmethod
-    def event(out: Path, kind: str, samples: int, **details: Any) -> None:
-        """Append to ``events.jsonl``."""
-        with Journal(out / "events.jsonl") as events:
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            events.append({"time": now, "event": kind, "samples": samples, **details})
+        """One event, appended to ``events.jsonl``."""
+        if not self._lead:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        event = {"time": now, "event": kind, "samples": samples, **details}
+        with Journal(self.out / "events.jsonl") as events:
+            events.append(event)
+        if self._trackers is not None:
+            self._trackers.event(event)
 
     def close(self) -> None:
         """Close the files."""
         if self._metrics is not None:
             self._metrics.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def stragglers(times: list[float]) -> list[int]:

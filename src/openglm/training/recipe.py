@@ -15,6 +15,7 @@ from openglm.config import ModelConfig
 from openglm.data.mixture import Objectives
 from openglm.data.schedule import Schedule, batch_size_at, learning_rate_at, parse_schedule, values_of
 from openglm.errors import ConfigError
+from openglm.training.trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class RunSection:
     """Newest snapshots that stay."""
     keep_every: int = 0
     """Beside these, one snapshot for every so many samples stays for good; 0 = none."""
+    trackers: tuple[str, ...] = field(default=(), metadata={"names": tuple(TRACKERS)})
+    """Where metrics are mirrored beside metrics.jsonl: "tensorboard", "trackio"."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,8 @@ def _section(kind: type, values: Any, path: str) -> Any:
             made[key] = {name: parse_schedule(v, f"{full}.{name}") for name, v in _value(value, default, full).items()}
         elif fields[key].metadata.get("pairs"):
             made[key] = parse_schedule(value, full) if value else ()
+        elif fields[key].metadata.get("names"):
+            made[key] = _names(value, fields[key].metadata["names"], full)
         else:
             made[key] = _value(value, default, full)
     return kind(**made)
@@ -253,6 +258,19 @@ def _value(value: Any, default: Any, key: str) -> Any:
     if not good:
         raise ConfigError(f"`{key}` is {value!r}, but must be like {default!r}", key=key)
     return value
+
+
+def _names(value: Any, known: Sequence[str], key: str) -> tuple[str, ...]:
+    """A list of known names; a single one may stand alone."""
+    names = [value] if isinstance(value, str) else value
+    if not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"`{key}` is {value!r}, but must be a list of names", hint=f"known: {', '.join(known)}", key=key)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"`{key}` does not know `{name}`", hint=hint, key=key)
+    return tuple(names)
 
 
 def read_recipe(path: str | Path | None, changes: Sequence[str] = ()) -> Recipe:

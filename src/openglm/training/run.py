@@ -31,6 +31,7 @@ from openglm.training.recipe import Recipe, batch_size
 from openglm.training.snapshots import Progress, Snapshots
 from openglm.training.stability import Edits
 from openglm.training.step import StepResult, Trainer
+from openglm.training.trackers import Trackers, check_trackers
 from openglm.training.validation import Validator
 
 #: Samples whose targets are counted for ``model.head_start``.
@@ -119,7 +120,7 @@ class Run:
         self.log = log if ranks.lead else lambda _: None
         check_batch(recipe, ranks.layout)
         if fresh and ranks.lead:
-            for name in ("snapshots", "metrics.jsonl", "events.jsonl", "edits.json"):
+            for name in ("snapshots", "metrics.jsonl", "events.jsonl", "edits.json", "tensorboard"):
                 remove(out / name)
         ranks.barrier()
         shards = prepare_data(recipe, out, ranks, self.log)
@@ -136,14 +137,18 @@ class Run:
         r = recipe.run
         self.snapshots = Snapshots(out / "snapshots", ranks, keep=r.keep_snapshots, keep_every=r.keep_every)
         self.snapshots.clean()
-        self._resume()
-        self.recorder = Recorder(out, ranks.lead, from_samples=self.progress.samples)
+        resumed = self._resume()
+        trackers = Trackers(r.trackers, out, recipe.to_dict(), self.log) if ranks.lead else None
+        self.recorder = Recorder(out, ranks.lead, from_samples=self.progress.samples, trackers=trackers)
+        if resumed:
+            self.recorder.note("resume", self.progress.samples, **resumed)
         self.loader = Loader(self.mixture, self.rows, ranks.data_rank, ranks.layout.data)
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any]:
+        """Take up the newest snapshot; returns which one and what changed since, nothing where there is none."""
         found = self.snapshots.newest()
         if found is None:
-            return
+            return {}
         path, state = found
         self.progress = self.snapshots.load(path, state, self.trainer.model, self.trainer.optimizer)
         self.trainer.restore(state["trainer"])
@@ -151,8 +156,7 @@ class Run:
         changes = list(_changes(state["recipe"], self.recipe.to_dict()))
         for change in changes:
             self.log(f"changed since then: {change}")
-        if self.ranks.lead:
-            Recorder.event(self.out, "resume", self.progress.samples, snapshot=path.name, changes=changes)
+        return {"snapshot": path.name, "changes": changes}
 
     def save(self) -> None:
         """Begin a snapshot of where the run stands."""
@@ -285,6 +289,7 @@ def train(
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
+    check_trackers(recipe.run.trackers)
     ranks = connect(recipe)
     run = Run(recipe, Path(out), ranks, fresh=fresh, log=log)
     try:
