@@ -177,3 +177,22 @@ def test_a_hung_rank_ends_the_others_and_all_start_anew(command, undisturbed, tm
     finish(process)
     assert '"resume"' in (tmp_path / "events.jsonl").read_text()
     assert curve(tmp_path).keys() == curve(undisturbed).keys()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file size limit")
+def test_a_disk_that_is_full_in_mid_save(command, tmp_path) -> None:
+    import resource
+
+    process = subprocess.Popen(
+        [sys.executable, *command, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),  # smaller than a snapshot
+    )
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert "cannot write the snapshot" in error and "Traceback" not in said
+    assert not any((tmp_path / "snapshots").iterdir()) and not (tmp_path / "model").exists()

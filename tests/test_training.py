@@ -222,6 +222,30 @@ def test_a_damaged_snapshot_is_passed_over(recipe, tmp_path):
     assert Snapshots(tmp_path / "snapshots", Ranks(), keep=2).newest() is None
 
 
+def test_a_snapshot_of_a_newer_format_is_refused_and_stays(recipe, tmp_path):
+    train(recipe("run.samples=12"), tmp_path, log=lambda _: None)
+    (state,) = (tmp_path / "snapshots").glob("*/state.json")
+    state.write_text(state.read_text().replace('"format_version": 2', '"format_version": 99'))
+    with pytest.raises(CheckpointError, match="has format 99, newer than this program's 2; update openglm"):
+        train(recipe("run.samples=24"), tmp_path, log=lambda _: None)
+    assert state.is_file()
+
+
+def test_old_snapshots_are_kept_by_the_policy(recipe, tmp_path):
+    train(recipe("run.samples=120", "run.keep_snapshots=2", "run.keep_every=50"), tmp_path, log=lambda _: None)
+    kept = sorted(int(path.name.rpartition("-")[2]) for path in (tmp_path / "snapshots").glob("samples-*"))
+    assert kept == [12, 60, 108, 120]  # the first of each 50, and the newest two
+
+
+def test_metrics_tell_all_that_is_watched(recipe, tmp_path):
+    train(recipe("run.samples=12"), tmp_path, log=lambda _: None)
+    row = rows(tmp_path)[-1]
+    groups = {"embedding", "final norm", "layers 0-9"}
+    assert row["gradient_norms"].keys() == groups and row["update_norms"].keys() == groups
+    assert row["gradient_norm"] == pytest.approx(sum(v**2 for v in row["gradient_norms"].values()) ** 0.5, rel=1e-3)
+    assert {"en", "zh", "chat"} >= row["sources"].keys() and row["loss_scale"] == 1.0
+
+
 def test_a_snapshot_of_another_network_is_refused(recipe, tmp_path):
     train(recipe("run.samples=4"), tmp_path, log=lambda _: None)
     wider = TINY[0].replace("hidden_size=32", "hidden_size=64", 1)

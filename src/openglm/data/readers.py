@@ -1,19 +1,30 @@
-"""Documents from files: JSON lines (plain or zstd), and plain text."""
+"""Documents from files: JSON lines (plain, zstd or gzip), Parquet, and plain text.
+
+A row of JSON lines or Parquet has ``text``, or ``prompt`` and ``answer``; optional are ``id``, ``source`` and ``lang`` (or
+``language``). Fields below ``metadata`` count as well, so the files of datatrove's writers (``00000.jsonl.gz``) are read
+as they are.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import gzip
 import io
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from openglm.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".txt", ".txt.zst")
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt", ".txt.zst", ".txt.gz")
+#: Columns of a Parquet file that are looked at; any others are not even read from the disk.
+COLUMNS = ("text", "prompt", "answer", "id", "source", "lang", "language", "metadata")
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,8 @@ class Document:
     """The answer of an instruction; None for running text."""
     id: str = ""
     source: str = ""
+    language: str | None = None
+    """The language that the row declares, in whatever notation; None if it declares none."""
 
 
 def find_files(paths: Iterable[str | Path]) -> list[Path]:
@@ -33,7 +46,13 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+            found = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+            if not found:
+                known = ", ".join(SUFFIXES)
+                raise DataError(
+                    f"the folder `{path}` holds no training text", hint=f"give files, or a folder with {known}", path=path
+                )
+            files += found
         elif path.exists():
             files.append(path)
         else:
@@ -43,52 +62,176 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
     return files
 
 
+class _ZstdStream(io.RawIOBase):
+    """Frames of a zstd file, one after the other; unlike the library's stream, a file that breaks off is an error."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        import zstandard
+
+        self._file, self._path, self._zstandard = file, path, zstandard
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        """As every stream that can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with what comes next; 0 at the end of the last frame."""
+        while not self._ready:
+            data = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._file.read(_CHUNK)
+            if not data:
+                if self._frame is not None and not self._frame.eof:
+                    raise DataError(f"`{self._path}` is not valid zstd, or incomplete: it breaks off", path=self._path)
+                return 0
+            if self._frame is None or self._frame.eof:
+                # The corpus is compressed with a long window (zstd --long).
+                self._frame = self._zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
 @contextmanager
-def _open(path: Path) -> Iterator[io.BufferedIOBase]:
+def open_stream(path: Path) -> Iterator[tuple[io.BufferedIOBase, BinaryIO]]:
+    """The unpacked bytes of a file, and the file itself (its position tells how much was read).
+
+    Raises ``DataError``, also while it is read, for a file that cannot be read, is damaged or breaks off.
+    """
     try:
         with open(path, "rb") as file:
-            if path.suffix != ".zst":
-                yield file
-                return
-            try:
-                import zstandard
-            except ImportError as error:
-                raise DataError(
-                    f"reading `{path}` needs zstandard", hint='install it with: pip install "openglm[train]"', path=path
-                ) from error
-            try:
-                # The corpus is compressed with a long window (zstd --long).
-                with zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(file) as reader:
-                    yield io.BufferedReader(reader)  # pyright: ignore[reportArgumentType]
-            except zstandard.ZstdError as error:
-                raise DataError(f"`{path}` is not valid zstd, or incomplete: {error}", path=path) from error
+            if path.suffix == ".zst":
+                try:
+                    import zstandard
+                except ImportError as error:
+                    raise missing("zstandard", path) from error
+                try:
+                    yield io.BufferedReader(_ZstdStream(file, path), _CHUNK), file
+                except zstandard.ZstdError as error:
+                    raise DataError(f"`{path}` is not valid zstd, or incomplete: {error}", path=path) from error
+            elif path.suffix == ".gz":
+                try:
+                    with gzip.GzipFile(fileobj=file) as reader:
+                        yield io.BufferedReader(reader, _CHUNK), file  # pyright: ignore[reportArgumentType]
+                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                    raise DataError(f"`{path}` is not valid gzip, or incomplete: {error}", path=path) from error
+            else:
+                yield file, file
     except OSError as error:
-        raise DataError(f"cannot read `{path}`: {error.strerror}", path=path) from error
+        raise DataError(f"cannot read `{path}`: {error.strerror or error}", path=path) from error
+
+
+def missing(library: str, path: str | Path | None = None) -> DataError:
+    """The sentence for a library of the extra ``train`` that is not installed."""
+    what = f"reading `{path}`" if path is not None else "preparing data"
+    return DataError(f"{what} needs {library}", hint='install it with: pip install "openglm[train]"', path=path)
+
+
+def is_rows(path: Path) -> bool:
+    """Whether a file holds JSON lines; any other but Parquet is one text."""
+    return ".jsonl" in path.suffixes
 
 
 def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
-    """Documents of all files in order. Text files are one document; a JSON line has ``text``, or ``prompt`` and ``answer``.
+    """Documents of all files in order. Text files are one document; a row has ``text``, or ``prompt`` and ``answer``.
 
     Raises ``DataError`` naming the file and line for what is no UTF-8, no JSON or has no text.
     """
     for path in find_files(paths):
-        with _open(path) as file:
-            if ".jsonl" not in path.suffixes:
-                yield Document(_decode(file.read(), path, None), id=path.name, source=path.stem)
+        if path.suffix == ".parquet":
+            for group in range(row_groups(path)):
+                for number, row in parquet_rows(path, group):
+                    yield make_document(row, path, number)
+            continue
+        with open_stream(path) as (file, _):
+            if not is_rows(path):
+                yield parse_text(file.read(), path)
                 continue
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(_decode(line, path, number))
-                except ValueError as error:
-                    raise DataError(f"`{path}` line {number} is not valid JSON", path=path) from error
-                text, answer = (
-                    (row.get("text", row.get("prompt")), row.get("answer")) if isinstance(row, dict) else (None, None)
-                )
-                if not isinstance(text, str) or not isinstance(answer, str | None):
-                    raise DataError(f"`{path}` line {number} has no `text` (or `prompt` and `answer`)", path=path)
-                yield Document(text, answer, str(row.get("id", number)), str(row.get("source", path.stem)))
+                if line.strip():
+                    yield parse_line(line, path, number)
+
+
+def parse_text(data: bytes, path: Path) -> Document:
+    """The one document of a text file."""
+    return Document(_decode(data, path, None), id=path.name, source=path.stem)
+
+
+def parse_line(line: bytes, path: Path, number: int) -> Document:
+    """The document of line ``number`` of JSON lines. Raises ``DataError`` naming both."""
+    try:
+        row = json.loads(_decode(line, path, number).removeprefix("\ufeff"))
+    except ValueError as error:
+        raise DataError(f"`{path}` line {number} is not valid JSON", path=path) from error
+    except RecursionError as error:
+        raise DataError(f"`{path}` line {number} is JSON nested too deeply", path=path) from error
+    return make_document(row, path, number)
+
+
+def make_document(row: Any, path: Path, number: int, unit: str = "line") -> Document:
+    """The document of one row. Raises ``DataError`` naming file and row if it has no text."""
+    if isinstance(row, dict):
+        metadata = row.get("metadata")
+        if isinstance(metadata, str):  # Parquet columns of mixed metadata are often JSON
+            try:
+                metadata = json.loads(metadata)
+            except ValueError:
+                metadata = None
+        fields = {**metadata, **row} if isinstance(metadata, dict) else row
+        text, answer = row.get("text"), row.get("answer")
+        text = row.get("prompt") if text is None else text
+        if isinstance(text, str) and isinstance(answer, str | None):
+            language = fields.get("lang") or fields.get("language")
+            language = language if isinstance(language, str) else None
+            # A row's own `source` is kept as it is; datatrove's metadata may hold anything under that name.
+            return Document(text, answer, str(row.get("id", number)), str(fields.get("source", path.stem)), language)
+    unit = "row" if path.suffix == ".parquet" else unit
+    raise DataError(f"`{path}` {unit} {number} has no `text` (or `prompt` and `answer`)", path=path)
+
+
+def _parquet(path: Path, needs_text: bool = True) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise missing("pyarrow", path) from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"`{path}` is not valid Parquet: {_first_line(error)}", path=path) from error
+    if needs_text and not {"text", "prompt"} & set(file.schema_arrow.names):
+        file.close()
+        raise DataError(f"`{path}` has no column `text` (or `prompt` and `answer`)", path=path)
+    return file
+
+
+def row_groups(path: Path, needs_text: bool = True) -> int:
+    """Number of row groups of a Parquet file: the pieces that can be read alone.
+
+    Raises ``DataError`` for a damaged file, and with ``needs_text`` for one without a column of text.
+    """
+    with _parquet(path, needs_text) as file:
+        return file.num_row_groups
+
+
+def parquet_rows(path: Path, group: int, columns: Iterable[str] | None = COLUMNS) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number (from 1) and values of each row of one row group. ``columns``: which to read; None: all."""
+    with _parquet(path, needs_text=columns is not None) as file:
+        import pyarrow
+
+        wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+        first = sum(file.metadata.row_group(k).num_rows for k in range(group)) + 1
+        try:
+            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=wanted):
+                yield from enumerate(batch.to_pylist(), first)
+                first += len(batch)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"`{path}` is damaged: {_first_line(error)}", path=path) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["unknown"])[0].rstrip(".")
 
 
 def thin_out(paths: Iterable[str | Path], shares: Mapping[str, float]) -> Iterator[Document]:

@@ -4,7 +4,8 @@
     NAME.offsets  int64, where each document begins, and the end
     shards.json   for each shard: kind, language, documents, tokens, UTF-8 bytes, SHA-256; and of which tokenizer
 
-An instruction is two documents in a row, prompt and answer, without eos.
+An instruction is two documents in a row, prompt and answer, without eos. Two doors lead here: ``write_shards`` tokenizes
+a corpus as it is, `prepare.py` cleans it first and adds a report.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class ShardInfo:
     bytes: int
     dtype: str
     sha256: str
+    """Of the tokens."""
+    offsets_sha256: str = ""
+    """Of the offsets; empty in older folders."""
 
 
 class Shard:
@@ -58,10 +62,25 @@ class Shard:
             raise DataError(
                 f"`{path}` holds {len(self.tokens)} tokens, not {info.tokens}", hint="prepare the data again", path=path
             )
+        if self.offsets[0] != 0 or self.offsets[-1] != info.tokens:
+            raise _damaged(folder / f"{info.name}.offsets")
 
     def document(self, index: int) -> np.ndarray:
         """Token ids of one document, as stored."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def verify(self, folder: str | Path) -> None:
+        """Read the shard and compare it with its checksums. Raises ``DataError`` naming the file that is damaged."""
+        folder, info = Path(folder), self.info
+        for name, expected in ((f"{info.name}.tokens", info.sha256), (f"{info.name}.offsets", info.offsets_sha256)):
+            if expected and sha256(folder / name) != expected:
+                raise _damaged(folder / name)
+        if (np.diff(self.offsets) < 0).any():
+            raise _damaged(folder / f"{info.name}.offsets")
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"`{path}` is damaged: it is not what was written", hint="prepare the data again", path=path)
 
 
 def shard_name(path: Path) -> str:
@@ -99,9 +118,9 @@ def _write_shard(path: Path, folder: Path, tokenizer_path: Path) -> ShardInfo:
     with atomic_write(folder / f"{name}.offsets") as file:
         file.write(np.asarray(offsets, dtype=np.int64).tobytes())
     language = "zh" if chinese and sum(chinese) / len(chinese) > 1 / 3 else "en"
-    digest = sha256(folder / f"{name}.tokens")
+    sums = [sha256(folder / f"{name}.{part}") for part in ("tokens", "offsets")]
     kind = next(iter(kinds), "text")
-    return ShardInfo(name, kind, language, len(offsets) - 1, offsets[-1], size, np.dtype(dtype).name, digest)
+    return ShardInfo(name, kind, language, len(offsets) - 1, offsets[-1], size, np.dtype(dtype).name, *sums)
 
 
 def write_shards(
@@ -127,10 +146,15 @@ def write_shards(
             if log:
                 log(f"{info.name}: {info.documents:,} documents, {info.tokens:,} tokens ({info.language})")
     infos.sort(key=lambda info: info.name)
-    with atomic_write(folder / INDEX, "w") as file:
-        index = {"tokenizer_sha256": sha256(tokenizer), "sources": _sources(files), "shards": [asdict(info) for info in infos]}
-        json.dump(index, file, indent=1)
+    write_index(folder, infos, tokenizer, _sources(files))
     return infos
+
+
+def write_index(folder: Path, infos: Iterable[ShardInfo], tokenizer: str | Path, sources: dict[str, int]) -> None:
+    """Write ``shards.json``, after which the folder is whole. ``sources``: size of each file they were made from."""
+    with atomic_write(folder / INDEX, "w") as file:
+        index = {"tokenizer_sha256": sha256(tokenizer), "sources": sources, "shards": [asdict(info) for info in infos]}
+        json.dump(index, file, indent=1)
 
 
 def _sources(files: Iterable[Path]) -> dict[str, int]:
