@@ -157,7 +157,7 @@ def measure(config: ModelConfig, precision: str, args: argparse.Namespace) -> di
     variants: dict[str, Ours | Theirs] = {"blank masks": Ours(config, precision, device, masked)}
     if not args.main_only:
         variants["plain causal"] = Ours(config, precision, device, Batch.stack(causal(config, layouts), device=device))
-        halves = [layout for layout in blanks(config, 2 * rows, sequence // 2, seed=1)]
+        halves = blanks(config, 2 * rows, sequence // 2, seed=1)
         paired = list(zip(halves[::2], halves[1::2], strict=True))
         variants["aggregated, two a row"] = Ours(config, precision, device, Batch.aggregate(paired, sequence, device=device))
         variants["recomputation"] = Ours(config, precision, device, masked, recompute=True)

@@ -182,3 +182,17 @@ def test_train(tiny_tokenizer: UnigramTokenizer) -> None:
     assert "exclude" in refuse(*command, "--fresh", "--resume")
     assert "missing.toml" in refuse("train", "missing.toml")
     assert "no device `moon`" in refuse(*command, "--out", "empty", "--set", "run.device=moon")
+
+
+def test_a_dry_run_plans_and_a_smoke_run_trains(request) -> None:
+    recipes = request.config.rootpath / "recipes"
+    said = run("train", recipes / "130b.toml", "--dry-run").stdout
+    assert "128,697,794,560 parameters, built on the meta device; data 24 x tensor 4 x pipeline 8: 768 processes" in said
+    assert "    7   62 to 69 " in said and "fits 40" in said
+    (plan,) = rows(run("train", recipes / "1.3b.toml", "--dry-run", "--gpu", "h200", "--json").stdout)
+    assert plan["parameters"] == plan["stages"][0]["parameters"] == 1_317_984_256
+    assert "needs 768 processes, but 96 were started" in refuse("train", recipes / "130b.toml", "--dry-run", "--gpus", "12x8")
+    assert "cannot be divided over tensor 5" in refuse("train", recipes / "2b.toml", "--dry-run", "--set", "parallel.tensor=5")
+    assert "did you mean `pipeline`" in refuse("train", recipes / "2b.toml", "--dry-run", "--set", "parallel.pipelin=2")
+    run("train", recipes / "10b.toml", "--smoke", "--out", "smoked")
+    assert Path("smoked/model/config.json").is_file() and not Path("runs").exists()

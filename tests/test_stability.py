@@ -30,7 +30,7 @@ def test_a_schedule_is_straight_between_its_points() -> None:
 
 @pytest.mark.parametrize("value", ["0.1", True, [], [[1]], [[1, "x"]], [[5, 1.0], [5, 2.0]], [1, 2]])
 def test_a_bad_schedule_names_its_key(value) -> None:
-    with pytest.raises(ConfigError, match="`optimizer.x`"):
+    with pytest.raises(ConfigError, match=r"`optimizer\.x`"):
         parse_schedule(value, "optimizer.x")
 
 
@@ -235,7 +235,7 @@ def test_a_run_that_cannot_be_saved_says_so(recipe, tmp_path, monkeypatch) -> No
         model.scale_gradients(math.nan)
 
     poison(monkeypatch, lambda first: first >= 40, put_nan)
-    with pytest.raises(TrainingError, match="diverges at sample .* rolled back 2 times already") as caught:
+    with pytest.raises(TrainingError, match=r"diverges at sample .* rolled back 2 times already") as caught:
         train(recipe("stability.most_skips=2", "stability.most_rollbacks=2"), tmp_path, log=lambda _: None)
     assert "the same command" in str(caught.value.hint)
     # The weights in the last snapshot are good: without the cause the run goes on.

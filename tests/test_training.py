@@ -228,6 +228,9 @@ def test_a_snapshot_of_a_newer_format_is_refused_and_stays(recipe, tmp_path):
     state.write_text(state.read_text().replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(CheckpointError, match="has format 99, newer than this program's 2; update openglm"):
         train(recipe("run.samples=24"), tmp_path, log=lambda _: None)
+    state.write_text(state.read_text().replace('"format_version": 99', '"format_version": 1'))
+    with pytest.raises(CheckpointError, match=r"has format 1; this program reads 2; go on from the run's model"):
+        train(recipe("run.samples=24"), tmp_path, log=lambda _: None)
     assert state.is_file()
 
 

@@ -164,7 +164,14 @@ def _make_bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
+    # Lines written while the bar shows go above it where both are one terminal; a pipe must get them itself.
+    return Progress(
+        TextColumn("{task.description}"),
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=is_terminal(sys.stdout),
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from openglm.cli import console, convert, fill, generate, info, tokenizer, train
+from openglm.cli import console, convert, data, fill, generate, info, plan, report, tokenizer, train
 from openglm.errors import InputError, OpenGLMError, StorageError
 from openglm.storage import is_refusal, storage_error
 
@@ -116,7 +116,10 @@ app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("report", epilog=report.EXAMPLES)(report.report)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

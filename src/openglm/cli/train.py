@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,10 @@ EXAMPLES = r"""
   glm train recipes/nano.toml --data corpus/ --tokenizer unigram.model --out runs/nano
 
   glm train recipes/nano.toml --data corpus/ --set run.batch_size=64 --stop-after 3600
+
+  glm train recipes/130b.toml --dry-run
+
+  glm train recipes/1.3b.toml --smoke --out runs/smoke
 
   torchrun --nproc-per-node 2 -m openglm train recipes/nano.toml --data corpus/ --set parallel.tensor=2
 """
@@ -45,6 +50,17 @@ def train(
     stop_after: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Save and stop after this time; the same command goes on.")
     ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="On a terminal, one line of progress instead of the view.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build the network on the meta device, print layout, memory and time, and stop.")
+    ] = False,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="NODESxGPUS", help="With --dry-run: the GPUs.", show_default="what the layout takes")
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="With --dry-run: their kind, as in glm plan.")] = "a100-40",
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Run the recipe's code path for some steps at a tiny size, on made-up text.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a logged step.")] = False,
 ) -> None:
     """Train a model.
@@ -60,7 +76,14 @@ def train(
     paths = [("data.corpus", data), ("data.tokenizer", tokenizer)]
     given = [f"{key}={_toml(path)}" for key, path in paths if path is not None]
     read = read_recipe(recipe, [*(changes or []), *given])
-    run = out or Path("runs") / recipe.stem
+    if dry_run:
+        _dry_run(read, gpus, gpu, as_json)
+        return
+    run = out or Path("runs") / (f"{recipe.stem}-smoke" if smoke else recipe.stem)
+    if smoke:
+        from openglm.training.smoke import smoke_recipe
+
+        read = smoke_recipe(read, run / "made", int(os.environ.get("WORLD_SIZE", "1")))
     if resume and not any((run / "snapshots").glob("*")):
         raise InputError(f"`{run}` holds no snapshot to resume from", hint="leave --resume out to begin the run")
     from openglm.checkpoints import resolve_device
@@ -69,11 +92,10 @@ def train(
     resolve_device(read.run.device)  # told before the data is prepared
 
     lead = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
-    with console.progress(read.run.samples, "samples") if lead else nullcontext(_Silent()) as bar:
+    with _progress(read, run, plain=plain, as_json=as_json) if lead else nullcontext(_Silent()) as shown:
 
         def watch(progress: Any, result: Any, speed: float) -> None:
-            bar.label = f"loss {result.loss:.3f}, {speed:,.0f} tokens/s"
-            bar.advance(progress.samples - bar.done)
+            shown.watch(progress, result, speed)
             if as_json and progress.steps % read.run.log_every == 0:
                 row = {"step": progress.steps, "samples": progress.samples, "loss": result.loss, "tokens_per_second": speed}
                 console.write_json(row)
@@ -92,7 +114,7 @@ def train(
             except KeyboardInterrupt:
                 interrupted.append(True)
         if interrupted and lead:
-            bar.close()
+            shown.close()
             console.note(f"interrupted; the same command goes on from the newest snapshot in `{run}`")
         if interrupted:
             raise typer.Exit(130)
@@ -104,15 +126,78 @@ def train(
         console.note(f'the model is in `{model}`; try it: glm fill -m {model} "The sky is [MASK]."')
 
 
+def _dry_run(recipe: Any, gpus: str | None, gpu: str, as_json: bool) -> None:
+    from openglm.planning import Cluster, paper_efficiency, report
+    from openglm.planning.hardware import find_gpu, parse_gpus
+    from openglm.training.dry_run import layout_of, plan_of, stages
+
+    nodes, each = parse_gpus(gpus) if gpus else (0, 0)
+    layout = layout_of(recipe, nodes * each or None)
+    if not gpus:
+        each = min(layout.world_size, 8)
+        nodes = -(-layout.world_size // each)
+    shapes = stages(recipe, layout)
+    plan = plan_of(recipe, layout, Cluster(nodes, each, find_gpu(gpu)), paper_efficiency())
+    config = recipe.model.config()
+    window = plan.workload.sequence
+    tokens = recipe.run.samples * window
+    budget = plan.budget(tokens=tokens)
+    if as_json:
+        found = [{"layers": [s.layers.start, s.layers.stop], "parameters": s.parameters} for s in shapes]
+        head = {"parameters": config.parameter_count, "stages": found, "samples": recipe.run.samples}
+        console.write_json({**head, **report.plan_values(plan, budget)})
+        return
+    lines = [
+        f"{config.parameter_count:,} parameters, built on the meta device; {layout}: {layout.world_size:,} processes",
+        f"{recipe.run.samples:,} samples of at most {window:,} tokens, {recipe.run.batch_size:,} a step, "
+        f"{recipe.run.precision}",
+        "",
+        "stage  layers     parameters",
+        *(f"{n:5}  {s.layers.start:>3} to {s.layers.stop - 1:<3} {s.parameters:>14,}" for n, s in enumerate(shapes)),
+        "",
+        *report.describe_plan(plan, budget),
+    ]
+    console.write("\n".join(lines))
+
+
 class _Silent:
-    """A progress bar that nobody sees."""
+    """A view that nobody sees."""
 
-    label = ""
-    done = 0
-
-    def advance(self, count: int) -> None: ...
+    def watch(self, progress: Any, result: Any, speed: float) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _Bar(_Silent):
+    """One line of progress."""
+
+    def __init__(self, bar: console.Progress) -> None:
+        self._bar = bar
+
+    def watch(self, progress: Any, result: Any, speed: float) -> None:
+        self._bar.label = f"loss {result.loss:.3f}, {speed:,.0f} tokens/s"
+        self._bar.advance(progress.samples - self._bar.done)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def _progress(read: Any, run: Path, *, plain: bool, as_json: bool) -> Iterator[Any]:
+    """The view where a person looks and nothing else is written there; else one line, or nothing."""
+    to_stdout = console.is_terminal(sys.stdout)
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    if plain or dumb or not console.is_terminal(sys.stderr) or (as_json and to_stdout):
+        with console.progress(read.run.samples, "samples") as bar:
+            yield _Bar(bar)
+        return
+    from openglm.cli.train_view import TrainView
+
+    view = TrainView(read, run, to_stdout=to_stdout)
+    try:
+        yield view
+    finally:
+        view.close()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Samples, not steps: a step's size changes with the batch, and a run that is resu
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ def parse_schedule(value: object, key: str) -> Schedule:
             f"`{key}` is {value!r}, but must be a number or points like [[0, 0.1], [20000, 1.0]]: sample, value", key=key
         )
     made = tuple((float(sample), float(number)) for sample, number in points)
-    if any(later[0] <= earlier[0] for earlier, later in zip(made, made[1:], strict=False)):
+    if any(later[0] <= earlier[0] for earlier, later in itertools.pairwise(made)):
         raise ConfigError(f"`{key}` is {value!r}, but its samples must ascend", key=key)
     return made
 

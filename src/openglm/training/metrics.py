@@ -24,8 +24,15 @@ class Recorder:
         self.out, self._lead, self._trackers = out, lead, trackers
         self._metrics: Journal | None = None
         if lead:
-            cut_after(out / "metrics.jsonl", from_samples)
-            self._metrics = Journal(out / "metrics.jsonl")
+            self._metrics = self._open(from_samples)
+
+    def _open(self, samples: int) -> Journal:
+        """The journal of rows, without those behind ``samples``."""
+        cut_after(self.out / "metrics.jsonl", samples)
+        metrics = Journal(self.out / "metrics.jsonl")
+        if self._trackers is not None:
+            self._trackers.rewind(metrics.entries[-1]["step"] if metrics.entries else 0)
+        return metrics
 
     def row(self, progress: Progress, result: StepResult, speed: float, times: list[float]) -> None:
         """One row of metrics. ``times``: seconds of the step by process."""
@@ -60,8 +67,7 @@ class Recorder:
         """Drop rows behind ``samples``, after a roll-back; the events keep the story."""
         if self._metrics is not None:
             self._metrics.close()
-            cut_after(self.out / "metrics.jsonl", samples)
-            self._metrics = Journal(self.out / "metrics.jsonl")
+            self._metrics = self._open(samples)
 
     def note(self, kind: str, samples: int, **details: Any) -> None:
         """One event, appended to ``events.jsonl``."""

@@ -28,9 +28,9 @@ def smoke_recipe(recipe: Recipe, folder: Path, processes: int) -> Recipe:
     ``folder``.
     """
     corpus, tokenizer = _made_up_text(folder)
-    p = recipe.parallel
+    p = dataclasses.replace(recipe.parallel, data=0)
     if p.tensor * p.pipeline > processes:
-        p = dataclasses.replace(p, data=0, tensor=1, pipeline=1)
+        p = dataclasses.replace(p, tensor=1, pipeline=1)
     changes = {
         "num_layers": max(2, p.pipeline),
         "hidden_size": 16 * max(2, p.tensor),

@@ -181,7 +181,7 @@ def _hush() -> None:
 
 
 def _verified(path: Path) -> dict[str, Any] | None:
-    """The state of a snapshot whose checksums hold, else None. Raises ``CheckpointError`` for one of a newer format."""
+    """The state of a snapshot whose checksums hold, else None. Raises ``CheckpointError`` for one of another format."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         version = state.get("format_version", 1)
@@ -192,7 +192,11 @@ def _verified(path: Path) -> dict[str, Any] | None:
                 path=path,
             )
         if version < FORMAT_VERSION:
-            return None
+            raise CheckpointError(
+                f"the snapshot `{path}` has format {version}; this program reads {FORMAT_VERSION}",
+                hint="go on from the run's model: --set model.initial=RUN/model with another --out; or --fresh to start anew",
+                path=path,
+            )
         if all(sha256(path / name) == digest for name, digest in state["sha256"].items()):
             return state
     except (OSError, ValueError, KeyError, AttributeError, StorageError):

@@ -53,6 +53,10 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
         self._step = 0
 
+    def rewind(self, step: int) -> None:
+        """The next rows follow after this step: a resume, or a roll-back."""
+        self._step = step
+
     def row(self, row: Mapping[str, Any]) -> None:
         """Mirror a row."""
         self._step = row["step"]
@@ -96,38 +100,40 @@ class TensorBoard:
 
     def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
         self._folder = out / "tensorboard"
-        self._writer: Any = None
+        self._scalars: Any = None
+        self._events: Any = None
         self._last = 0
-
-    def _writer_from(self, step: int) -> Any:
-        if self._writer is None or step < self._last:
-            from torch.utils.tensorboard import SummaryWriter
-
-            if self._writer is not None:
-                self._writer.close()
-            # After a resume or a roll-back TensorBoard drops what an earlier writer wrote of these steps.
-            self._writer = SummaryWriter(str(self._folder), purge_step=step)
-        self._last = step
-        return self._writer
 
     def row(self, row: Mapping[str, Any]) -> None:
         """As ``Tracker``."""
-        writer = self._writer_from(row["step"])
+        from torch.utils.tensorboard import SummaryWriter
+
+        step = row["step"]
+        if self._scalars is None or step <= self._last:
+            if self._scalars is not None:
+                self._scalars.close()
+            # After a resume or a roll-back TensorBoard drops what an earlier writer wrote of these steps.
+            self._scalars = SummaryWriter(str(self._folder), purge_step=step)
+        self._last = step
         for name, value in flatten(row):
-            writer.add_scalar(name, value, row["step"])
-        writer.flush()
+            self._scalars.add_scalar(name, value, step)
+        self._scalars.flush()
 
     def event(self, event: Mapping[str, Any], step: int) -> None:
-        """As ``Tracker``."""
+        """As ``Tracker``. Events have a writer of their own: a roll-back must not drop what led to it."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._events is None:
+            self._events = SummaryWriter(str(self._folder / "events"))
         details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "time"))
-        writer = self._writer_from(max(step, self._last))
-        writer.add_text("events", f"**{event['event']}**: {details}", max(step, self._last))
-        writer.flush()
+        self._events.add_text("events", f"**{event['event']}**: {details}", step)
+        self._events.flush()
 
     def close(self) -> None:
         """As ``Tracker``."""
-        if self._writer is not None:
-            self._writer.close()
+        for writer in (self._scalars, self._events):
+            if writer is not None:
+                writer.close()
 
 
 class Trackio:
@@ -158,8 +164,10 @@ class Trackio:
 
     def close(self) -> None:
         """As ``Tracker``."""
+        import trackio
+
         with _spoken_to_stderr():
-            self._run.finish()
+            trackio.finish()
 
 
 @contextlib.contextmanager

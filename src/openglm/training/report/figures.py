@@ -219,11 +219,11 @@ def throughput(run: RunRecord, look: Look) -> Any:
 
 def _rank_seconds(run: RunRecord) -> np.ndarray | None:
     """Seconds of the step, float64 ``[rows, ranks]``; NaN where a row has none."""
-    lists = [row.get("rank_seconds") if isinstance(row.get("rank_seconds"), list) else [] for row in run.rows]
+    lists: list[list[float]] = [row.get("rank_seconds") or [] for row in run.rows]
     most = max(map(len, lists))
     if most < 2:
         return None
-    return np.array([[*map(float, values), *[np.nan] * (most - len(values))] for values in lists])
+    return np.array([[*values, *[np.nan] * (most - len(values))] for values in lists])
 
 
 def slow_ranks(run: RunRecord) -> list[tuple[int, int]]:
@@ -305,7 +305,7 @@ def compared_bits_per_byte(runs: Sequence[RunRecord], look: Look) -> Any:
 
 THEMES = (
     Theme("loss", "Loss", "Faint: each logged step. Strong: their mean.", loss, _over_runs("Loss", "nats a token", "loss")),
-    Theme("bits_per_byte", "Validation", "Held-out texts; the fewer, the better.", bits_per_byte, compared_bits_per_byte),
+    Theme("bits_per_byte", "Validation", "Held-out texts; the fewer bits, the better.", bits_per_byte, compared_bits_per_byte),
     Theme("sources", "Sources", "Which texts are hard.", sources),
     Theme(
         "norms",

@@ -67,7 +67,7 @@ def drawing(look: Look) -> Iterator[None]:
     except ImportError as error:
         raise InputError("drawing needs matplotlib", hint='install it with: pip install "openglm[watch]"') from error
     installed = set(font_manager.get_font_names())
-    settings = {
+    settings: Any = {
         "font.family": [name for name in _FONTS if name in installed],
         "font.size": 10,
         "axes.titlesize": 11,
@@ -134,7 +134,8 @@ def figure(panels: int = 1, height: float = 3.3) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(WIDTH, height * panels + 0.4), dpi=DPI, layout="constrained")
-    made.get_layout_engine().set(h_pad=0.08, hspace=0.06)  # pyright: ignore[reportOptionalMemberAccess]
+    engine: Any = made.get_layout_engine()
+    engine.set(h_pad=0.08, hspace=0.06)
     return made, list(made.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
 
 
@@ -201,8 +202,10 @@ def legend_below(axes: Any) -> None:
 def draw_marks(panels: Sequence[Any], events: Sequence[Intervention], x_of: Any, look: Look) -> None:
     """Vertical lines where something was done, and on the first panel what the lines mean."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    handles = []
+    handles: list[Any] = []
+    style: Any
     kinds = [kind for kind in KINDS if any(one.kind == kind for one in events)]
     for kind in kinds:
         places = sorted({float(x_of(one.samples)) for one in events if one.kind == kind})
@@ -215,8 +218,14 @@ def draw_marks(panels: Sequence[Any], events: Sequence[Intervention], x_of: Any,
         count = sum(one.kind == kind for one in events)
         label = KINDS[kind] if count == 1 else f"{KINDS[kind]} ({count:,} times)"
         handles.append(Line2D([], [], color=color, linestyle=style, linewidth=width, label=label))
+    gaps = {one.left_out for one in events if one.left_out}
+    for axes in panels:
+        for start, end in gaps:
+            axes.axvspan(start, end, color=look.grid, linewidth=0, zorder=0.5)
+    if gaps:
+        handles.append(Patch(color=look.grid, label="samples left out"))
     if handles:
-        panels[0].figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8.5, handlelength=1.8)
+        panels[0].figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=8.5, handlelength=1.6)
 
 
 def picture(made: Any) -> bytes:

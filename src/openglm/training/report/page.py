@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -18,6 +19,8 @@ GENERATOR = '<meta name="generator" content="openglm report">'
 #: Interventions of a run that the page lists; the file has them all.
 _MOST_EVENTS = 300
 
+_CODE = re.compile("`([^`]+)`")
+
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #222; --soft: #666; --line: #e0e0e0; --bad: #b00020; }
 @media (prefers-color-scheme: dark) { :root { --ground: #16181c; --ink: #ddd; --soft: #999; --line: #33363c; --bad: #ff6e6e; } }
@@ -31,7 +34,8 @@ nav a { color: inherit; margin-right: .9rem; white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 500; color: var(--soft); white-space: nowrap; }
-td.number { text-align: right; white-space: nowrap; }
+td.number { text-align: right; }
+td.number, td.kind { white-space: nowrap; }
 td.rollback, td.skip { color: var(--bad); }
 figure { margin: 0; }
 img { display: block; width: 100%; min-width: 27rem; max-width: 45rem; height: auto; }
@@ -56,7 +60,7 @@ def make_page(
         f"<title>{escape(title)}: training report</title>",
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
-        "<nav>" + "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text in links) + "</nav>",
+        "<nav>" + " ".join(f'<a href="#{name}">{escape(text)}</a>' for name, text in links) + "</nav>",
         _head_table(runs, summaries),
         *(_figure(theme, light, dark) for theme, light, dark in figures),
     ]
@@ -94,8 +98,8 @@ def _figure(theme: Theme, light: bytes, dark: bytes) -> str:
 def _interventions(run: RunRecord, *, named: bool) -> str:
     shown = run.interventions[-_MOST_EVENTS:]
     rows = [
-        f'<tr><td class="number">{one.samples:,}</td><td class="{escape(one.kind)}">{escape(one.name)}</td>'
-        f"<td>{escape(one.text)}</td><td>{escape(one.time[:16].replace('T', ' '))}</td></tr>"
+        f'<tr><td class="number">{one.samples:,}</td><td class="kind {escape(one.kind)}">{escape(one.name)}</td>'
+        f"<td>{_with_code(one.text)}</td><td>{escape(one.time[:16].replace('T', ' '))}</td></tr>"
         for one in shown
     ]
     left = len(run.interventions) - len(shown)
@@ -103,3 +107,8 @@ def _interventions(run: RunRecord, *, named: bool) -> str:
     title = f"<h3>{escape(run.name)}</h3>" if named else ""
     head = "<thead><tr><th>At sample</th><th>What</th><th>Why, and what followed</th><th>Time (UTC)</th></tr></thead>"
     return f'{title}{more}<div class="wide"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _with_code(text: str) -> str:
+    """A text of ours as HTML: what stands in backticks becomes code."""
+    return _CODE.sub(r"<code>\1</code>", escape(text))

@@ -29,6 +29,8 @@ class Intervention:
     text: str
     time: str = ""
     """ISO 8601."""
+    left_out: tuple[int, int] | None = None
+    """[from, to) samples that a roll-back jumps over."""
 
     @property
     def name(self) -> str:
@@ -117,14 +119,15 @@ def read_interventions(folder: str | Path) -> list[Intervention]:
     found: list[Intervention] = []
     for number, event in _lines(path) if path.is_file() else ():
         kind, samples = event.get("event"), event.get("samples")
-        if not (isinstance(kind, str) and _is_count(samples)):
+        if not (isinstance(kind, str) and isinstance(samples, int)):
             raise InputError(f"`{path}` line {number} has no event and samples, so it is not an event of a run", path=path)
         text, time = _describe(event), str(event.get("time", ""))
+        left_out = tuple(event["skipped"][-1]) if event.get("skipped") else None
         if kind == "rollback" and "to" in event and found and found[-1].kind == kind and "back to" not in found[-1].text:
             before = found.pop()  # a roll-back is two events: the judgement and what was done
-            found.append(Intervention(kind, before.samples, f"{before.text}; {text}", time))
+            found.append(Intervention(kind, before.samples, f"{before.text}; {text}", time, left_out))
         else:
-            found.append(Intervention(kind, samples, text, time))
+            found.append(Intervention(kind, samples, text, time, left_out))
     return found
 
 

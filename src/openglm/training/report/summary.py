@@ -31,7 +31,7 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "bits_per_byte": {name: _round(float(values[-1])) for name, (_, values) in sorted(validations.items())},
         "best_bits_per_byte": {name: _round(float(np.nanmin(values))) for name, (_, values) in sorted(validations.items())},
         "tokens_per_second": _round(float(np.nanmedian(speed))) if np.isfinite(speed).any() else None,
-        "interventions": {kind: count for kind, count in run.counts().items()},
+        "interventions": run.counts(),
         "stragglers": {str(rank): count for rank, count in slow_ranks(run)},
     }
 
