@@ -218,7 +218,8 @@ class GLM130B(nn.Module):
     def set_dropout(self, hidden: float, attention: float) -> None:
         """Dropout of the layers' branches and of the attention weights while ``training`` (SPEC 9.1: 0.1 both)."""
         for layer in self.layers.values():
-            layer.dropout, layer.attention.dropout = hidden, attention  # pyright: ignore[reportAttributeAccessIssue]
+            assert isinstance(layer, Layer)
+            layer.dropout, layer.attention.dropout = hidden, attention
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and tied head: ``[..., h]`` to ``[..., v]``."""

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class Execution:
     dtype: torch.dtype = torch.float32
     """What the stage computes in."""
     _schedules: dict[tuple[int, ...], Schedule1F1B] = field(default_factory=dict)
-    _ends: dist.ProcessGroup | None = None
+    _ends: Any = None
 
     def __post_init__(self) -> None:
         if self.layout.pipeline > 1:
@@ -106,7 +107,7 @@ class Execution:
         tokens, positions, mask, targets = (
             torch.cat([getattr(micro, name) for micro in micro_batches]) for name in ("tokens", "positions", "mask", "targets")
         )
-        arguments = {"positions": positions, "mask": mask, "targets": targets}
+        arguments: dict[str, Any] = {"positions": positions, "mask": mask, "targets": targets}
         if self.stage.first:
             schedule.step(tokens, **arguments)
         elif self.stage.last:
@@ -142,7 +143,9 @@ class Execution:
     def _add_ends(self) -> None:
         """The tied matrix lies on the first and the last stage: its gradient is the sum of both."""
         if self._ends is not None:
-            gradient = self.stage.word_embeddings.weight.grad
+            embeddings = self.stage.word_embeddings
+            assert embeddings is not None
+            gradient = embeddings.weight.grad
             assert gradient is not None
             dist.all_reduce(local(gradient), group=self._ends)
 

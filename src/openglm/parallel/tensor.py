@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from openglm.models.glm130b import GLM130B, Attention, KeyValueCache
+from openglm.models.glm130b import GLM130B, Attention, KeyValueCache, Layer
 
 
 class PairedLinear(nn.Module):
@@ -89,6 +89,7 @@ class _PairedParallel(ParallelStyle):
 def pair_linears(network: GLM130B) -> None:
     """Replace GeGLU's first matrices by paired ones, in place."""
     for layer in network.layers.values():
+        assert isinstance(layer, Layer)
         layer.mlp.dense_h_to_4h = PairedLinear(layer.mlp.dense_h_to_4h)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -117,7 +117,7 @@ class MasterWeights:
 
     def norms(self) -> dict[str, float]:
         """As ``TrainingModel``."""
-        squares = torch._foreach_norm([_gradient(p) for p in self.master])
+        squares = torch._foreach_norm([_gradient(p) for p in self.master])  # pyright: ignore[reportPrivateImportUsage]
         groups: dict[str, float] = {}
         for name, norm in zip(self.names, torch.stack(squares).double().square().tolist(), strict=True):
             groups[group_of(name)] = groups.get(group_of(name), 0.0) + norm
@@ -125,13 +125,13 @@ class MasterWeights:
 
     def scale_gradients(self, factor: float) -> None:
         """As ``TrainingModel``."""
-        torch._foreach_mul_([_gradient(p) for p in self.master], factor)
+        torch._foreach_mul_([_gradient(p) for p in self.master], factor)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the master weights into the working copy."""
         if not self.same:
-            torch._foreach_copy_(self.working, self.master)
+            torch._foreach_copy_(tuple(self.working), tuple(self.master))  # pyright: ignore[reportPrivateImportUsage]
 
     def drop_gradients(self) -> None:
         """As ``TrainingModel``."""
@@ -173,7 +173,7 @@ class ShardedModel:
 
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
-        self.network = execution.stage
+        self.network: GLM130B = execution.stage
         # Asked for once: while weights are gathered, the modules hold other tensors under these names.
         self._weights = dict(self.network.named_parameters())
         self.reports = execution.stage.last and execution.mesh["tensor"].get_local_rank() == 0

@@ -91,7 +91,8 @@ def connect(recipe: Recipe) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=p.timeout))
     mesh = layout.mesh("cuda" if device.startswith("cuda") else "cpu")
-    side, writing = (dist.new_group(backend="gloo", timeout=timedelta(seconds=p.timeout)) for _ in range(2))
+    side: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=p.timeout))
+    writing: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=p.timeout))
     return Ranks(layout, mesh, dist.get_rank(), side, writing)
 
 

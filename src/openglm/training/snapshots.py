@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from openglm.errors import CheckpointError, StorageError
 from openglm.parallel.tensor import is_paired
@@ -69,9 +71,7 @@ class Snapshots:
         single = self.ranks.mesh is None
         _hush()
         try:
-            written = dcp.async_save(
-                tensors, checkpoint_id=temporary / "tensors", process_group=self.ranks.writing, no_dist=single
-            )
+            written = async_save(tensors, checkpoint_id=temporary / "tensors", process_group=self.ranks.writing, no_dist=single)
         except BaseException:
             stack.__exit__(*sys.exc_info())
             raise
@@ -151,7 +151,7 @@ class Snapshots:
     def load(self, path: Path, state: dict[str, Any], model: TrainingModel, optimizer: torch.optim.Optimizer) -> Progress:
         """Put a snapshot's weights and moments in place. Raises ``CheckpointError`` if it is of another network."""
         tensors = _tensors(model, optimizer, saving=False)
-        metadata = dcp.FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
+        metadata = FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
         for name, tensor in tensors.items():
             stored = metadata.get(name)
             if stored is None or tuple(getattr(stored, "size", ())) != tuple(tensor.shape):
@@ -163,7 +163,7 @@ class Snapshots:
                 )
         _hush()
         try:
-            dcp.load(
+            load_tensors(
                 tensors,
                 checkpoint_id=path / "tensors",
                 process_group=self.ranks.writing,

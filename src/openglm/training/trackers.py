@@ -39,7 +39,7 @@ def check_trackers(names: Sequence[str]) -> None:
         except ImportError as error:
             raise ConfigError(
                 f"`run.trackers` names {name}, which is not installed",
-                hint='install it with: pip install "openglm[watch]"',
+                hint=f'install it with: pip install "openglm[{"trackio" if name == "trackio" else "watch"}]"',
                 key="run.trackers",
             ) from error
 
@@ -140,7 +140,7 @@ class Trackio:
     """Writes trackio's local database (``TRACKIO_DIR``): project "openglm", one run a folder."""
 
     def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         with _spoken_to_stderr():
             self._run = trackio.init(
@@ -164,7 +164,7 @@ class Trackio:
 
     def close(self) -> None:
         """As ``Tracker``."""
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         with _spoken_to_stderr():
             trackio.finish()
