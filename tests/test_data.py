@@ -168,3 +168,28 @@ def test_changed_text_is_noticed(tmp_path, tiny_tokenizer_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one more"}\n')
     with pytest.raises(DataError, match="has changed since the shards"):
         check_sources([tmp_path / "a.jsonl"], tmp_path / "out")
+
+
+def test_sources_follow_their_weights_schedules_and_caps(shards, tiny_tokenizer_path):
+    tokenizer = load_tokenizer(tiny_tokenizer_path)
+    texts = [s for s in shards if not s.info.name.startswith("validation")]
+
+    def shares(numbers: range, share=0.05, **settings) -> dict[str, float]:
+        objectives = Objectives(window=64, long_window=64, instruction_share=share)
+        mixture = Mixture(texts, tokenizer, objectives, seed=3, **settings)
+        drawn = [mixture.sample(n).source for n in numbers]
+        return {name: drawn.count(name) / len(drawn) for name in ("en", "zh", "chat")}
+
+    sizes = {s.info.name: s.info.tokens for s in texts}
+    plain = shares(range(1500), share=0.0)
+    assert plain["en"] == pytest.approx(sizes["en"] / (sizes["en"] + sizes["zh"]), abs=0.04) and plain["chat"] == 0
+    # A weight that goes from English to Chinese, and instructions that begin later.
+    turning = {"en": ((0.0, 1.0), (1000.0, 1.0), (1001.0, 0.0)), "zh": ((0.0, 0.0), (1000.0, 0.0), (1001.0, 1.0))}
+    later = ((0.0, 0.0), (1000.0, 0.0), (1001.0, 0.5))
+    before, behind = (shares(numbers, share=later, weights=turning) for numbers in (range(300), range(2000, 2600)))
+    assert before["en"] == 1.0 and behind["en"] == 0.0 and behind["chat"] > 0.3
+    # A cap of a tenth of the documents is a tenth of the size.
+    documents = next(s.info.documents for s in texts if s.info.name == "zh")
+    capped = shares(range(1500), share=0.0, caps={"zh": documents // 10})
+    small = sizes["zh"] * (documents // 10) / documents
+    assert capped["zh"] == pytest.approx(small / (sizes["en"] + small), abs=0.03)

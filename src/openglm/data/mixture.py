@@ -66,11 +66,12 @@ def sentence_starts(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 class _Sources:
     """Shards, and how often each is drawn, which may change in the course of the run."""
 
-    def __init__(self, shards: Sequence[Shard], weights: Mapping[str, Schedule]) -> None:
+    def __init__(self, shards: Sequence[Shard], weights: Mapping[str, Schedule], caps: Mapping[str, int]) -> None:
         def schedule(name: str) -> Schedule:
             return next((weight for pattern, weight in weights.items() if fnmatch.fnmatch(name, pattern)), 1.0)
 
         self.shards = list(shards)
+        self._sizes = np.asarray([shard.info.tokens * _capped(shard, caps) for shard in shards], dtype=np.float64)
         self._schedules = [schedule(shard.info.name) for shard in shards]
         self._constant = None if any(isinstance(s, tuple) for s in self._schedules) else self._shares(0)
 
@@ -81,7 +82,7 @@ class _Sources:
 
     def _shares(self, number: int) -> np.ndarray:
         weights = [value_at(schedule, number) for schedule in self._schedules]
-        sizes = np.asarray([shard.info.tokens for shard in self.shards], dtype=np.float64) * weights
+        sizes = self._sizes * weights
         if len(sizes) and not sizes.sum() > 0:
             if not self.ever_drawn():
                 return np.cumsum(sizes)
@@ -94,8 +95,19 @@ class _Sources:
         return self.shards[min(int(np.searchsorted(shares, rng.random(), side="right")), len(shares) - 1)]
 
 
+def _capped(shard: Shard, caps: Mapping[str, int]) -> float:
+    """The part of a source that counts: at most so many of its documents (pairs, of instructions)."""
+    cap = next((cap for pattern, cap in caps.items() if fnmatch.fnmatch(shard.info.name, pattern)), None)
+    count = shard.info.documents // (2 if shard.info.kind == "instructions" else 1)
+    return 1.0 if cap is None or count <= cap else cap / count
+
+
 class Mixture:
-    """Draws samples from shards. ``weights``: pattern of shard names to factor on its token count (first match wins)."""
+    """Draws samples from shards.
+
+    ``weights``: pattern of shard names to factor on its token count (first match wins). ``caps``: pattern to documents; a
+    source of more is drawn as if it had only so many, as large instruction sets are capped (SPEC 3.4.6).
+    """
 
     def __init__(
         self,
@@ -105,12 +117,14 @@ class Mixture:
         *,
         seed: int,
         weights: Mapping[str, Schedule] | None = None,
+        caps: Mapping[str, int] | None = None,
     ) -> None:
         self.seed, self.objectives = seed, objectives
         self.special = tokenizer.special_tokens
         self.ends = sentence_starts(tokenizer, max(tokenizer.vocab_size, 1 << 16))
-        self.texts = _Sources([shard for shard in shards if shard.info.kind == "text"], weights or {})
-        self.instructions = _Sources([shard for shard in shards if shard.info.kind == "instructions"], weights or {})
+        self.texts = _Sources([shard for shard in shards if shard.info.kind == "text"], weights or {}, caps or {})
+        instructions = [shard for shard in shards if shard.info.kind == "instructions"]
+        self.instructions = _Sources(instructions, weights or {}, caps or {})
         if not self.texts.shards:
             raise DataError("the training data holds no running text")
         if not self.texts.ever_drawn():

@@ -47,6 +47,8 @@ class DataSection:
     """Tokenizer file. May be given by --tokenizer."""
     weights: Mapping[str, Schedule] = field(default_factory=dict, metadata={"schedules": True})
     """Pattern of source names to factor on the source's size; a number or a schedule."""
+    caps: Mapping[str, int] = field(default_factory=dict)
+    """Pattern of source names to documents; a source of more is drawn as if it had only so many (SPEC 3.4.6)."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,9 @@ class Recipe:
                     _require(good, f"{section}.{key}", value, f"in 0..{highest}")
         for name, value in self.data.weights.items():
             _require(all(v >= 0 for v in values_of(value)), f"data.weights.{name}", value, "at least 0")
+        for name, value in self.data.caps.items():
+            good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            _require(good, f"data.caps.{name}", value, "a whole number of at least 1")
         for key in ("tensor", "pipeline"):
             _require(getattr(self.parallel, key) >= 1, f"parallel.{key}", getattr(self.parallel, key), "at least 1")
         _require(self.parallel.data >= 0, "parallel.data", self.parallel.data, "at least 0 (0 = all that are left)")

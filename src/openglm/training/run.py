@@ -128,7 +128,14 @@ class Run:
         validation = [shard for shard in shards if shard.info.name.startswith("validation")]
         training = [shard for shard in shards if not shard.info.name.startswith("validation")]
         self.config = configure(recipe, self.tokenizer.vocab_size, dict(self.tokenizer.special_tokens))
-        self.mixture = Mixture(training, self.tokenizer, recipe.objectives, seed=recipe.run.seed, weights=recipe.data.weights)
+        self.mixture = Mixture(
+            training,
+            self.tokenizer,
+            recipe.objectives,
+            seed=recipe.run.seed,
+            weights=recipe.data.weights,
+            caps=recipe.data.caps,
+        )
         self.rows = Rows(recipe.run.micro_tokens, recipe.objectives.long_window if recipe.run.aggregate else 0)
         self.validator = Validator(validation, self.tokenizer, windows=recipe.run.validation_windows)
         model = build_model(recipe, self.config, self.mixture, ranks)
