@@ -146,11 +146,13 @@ def workers_of(launcher: subprocess.Popen) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
 def test_a_lost_rank_restarts_by_itself(command, undisturbed, tmp_path) -> None:
     # One kill can use up two restarts: the first new generation may still find the old address.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "5"]
-    process = start(command, tmp_path, *launcher)
+    # A new generation may hang while its groups connect; the timeout ends that, too.
+    process = start([*command[:-1], "--set", "parallel.timeout=15.0", "--out"], tmp_path, *launcher)
     until = time.monotonic() + 120
     while not list((tmp_path / "snapshots").glob("samples-*")):
         assert time.monotonic() < until and process.poll() is None, process.communicate()
