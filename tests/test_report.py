@@ -359,9 +359,9 @@ def test_trackers_of_a_recipe_are_known_names() -> None:
 
 
 def test_a_missing_package_is_told_before_anything_begins(recipe, tmp_path, monkeypatch) -> None:
-    for name, module in (("trackio", "trackio"), ("tensorboard", "torch.utils.tensorboard")):
+    for name, extra, module in (("trackio", "trackio", "trackio"), ("tensorboard", "watch", "torch.utils.tensorboard")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ConfigError, match=rf"names {name}, which is not installed; .*openglm\[watch\]"):
+        with pytest.raises(ConfigError, match=rf"names {name}, which is not installed; .*openglm\[{extra}\]"):
             train(recipe(f"run.trackers={name}"), tmp_path / "run", log=lambda _: None)
     assert not (tmp_path / "run").exists()
     check_trackers([])
