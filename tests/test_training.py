@@ -234,6 +234,18 @@ def test_a_snapshot_of_a_newer_format_is_refused_and_stays(recipe, tmp_path):
     assert state.is_file()
 
 
+def test_a_torn_row_of_metrics_is_made_anew(recipe, tmp_path):
+    train(recipe("run.samples=24"), tmp_path, log=lambda _: None)
+    whole = [stable(row) for row in rows(tmp_path)]
+    shutil.rmtree(tmp_path / "snapshots" / "samples-0000000024")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "samp')  # killed while it wrote
+    train(recipe("run.samples=24"), tmp_path, log=lambda _: None)
+    again = [stable(row) for row in rows(tmp_path)]
+    assert [row["step"] for row in again] == [row["step"] for row in whole]
+    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
+
+
 def test_old_snapshots_are_kept_by_the_policy(recipe, tmp_path):
     train(recipe("run.samples=120", "run.keep_snapshots=2", "run.keep_every=50"), tmp_path, log=lambda _: None)
     kept = sorted(int(path.name.rpartition("-")[2]) for path in (tmp_path / "snapshots").glob("samples-*"))

@@ -83,7 +83,9 @@ def train(
     if smoke:
         from openglm.training.smoke import smoke_recipe
 
-        read = smoke_recipe(read, run / "made", int(os.environ.get("WORLD_SIZE", "1")))
+        # Every process makes the same text in a folder of its own, so that none reads what another still writes.
+        made = run / "made" / os.environ.get("RANK", "0")
+        read = smoke_recipe(read, made, int(os.environ.get("WORLD_SIZE", "1")))
     if resume and not any((run / "snapshots").glob("*")):
         raise InputError(f"`{run}` holds no snapshot to resume from", hint="leave --resume out to begin the run")
     from openglm.checkpoints import resolve_device

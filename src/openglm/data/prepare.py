@@ -3,7 +3,7 @@
 Three steps, each of which can be interrupted at any moment:
 
 1. pieces (`pieces.py`): every text is read once, mended, judged, decontaminated, fingerprinted and tokenized. The finished
-   pieces lie in `OUT/work/pieces`; a piece that is there is not made again.
+   pieces lie in the folder `pieces` of the job's `work`; a piece that is there is not made again.
 2. duplicates (`duplicates.py`): decided over all pieces from the fingerprints, in one process.
 3. shards: the tokens of the documents that are left, one shard a source, the report, and `shards.json` last.
 

@@ -105,7 +105,9 @@ def cut_after(path: Path, samples: int) -> None:
             if json.loads(line)["samples"] > samples:
                 break
         except (ValueError, KeyError, TypeError):
-            return  # torn, or not ours: the journal will say
+            if line is lines[-1] and not line.endswith("\n"):
+                break  # torn by a kill
+            return  # not ours: the journal will say
         kept.append(line)
     if len(kept) < len(lines):
         with atomic_write(path, "w", encoding="utf-8") as file:
