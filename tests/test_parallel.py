@@ -13,7 +13,7 @@ from openglm.infilling import NO_TARGET
 from openglm.models.glm130b import GLM130B
 from openglm.parallel.execution import Execution, MicroBatch
 from openglm.parallel.layout import ParallelLayout
-from openglm.parallel.stage import gather, initialize, parallelize
+from openglm.parallel.stage import Stage, gather, initialize, parallelize
 
 CONFIG = ModelConfig(
     num_layers=4, hidden_size=64, num_attention_heads=4, inner_hidden_size=96, vocab_size=96, max_sequence_length=32
@@ -49,15 +49,21 @@ def reference(input_factor: float = 1.0, output_factor: float = 1.0) -> tuple[fl
     return float(loss.detach()), {name: p.grad for name, p in network.named_parameters()}
 
 
-def one_step(layout: ParallelLayout, options: dict, factors: tuple[float, float], micro: int):
-    """On each rank: loss (last stages), gradients of the stage, the norm, and the coordinates."""
-    mesh = layout.mesh("cpu")
+def stage_on(layout: ParallelLayout, mesh, **options) -> Stage:
+    """This process's part of the network, with weights."""
     with torch.device("meta"):
         network = GLM130B(CONFIG)
-    network.input_gradient_factor, network.output_gradient_factor = factors
     stage = parallelize(network, layout, mesh, **options)
     stage.to_empty(device="cpu")
     initialize(stage, CONFIG, 5)
+    return stage
+
+
+def one_step(layout: ParallelLayout, options: dict, factors: tuple[float, float], micro: int):
+    """On each rank: loss (last stages), gradients of the stage, the norm, and the coordinates."""
+    mesh = layout.mesh("cpu")
+    stage = stage_on(layout, mesh, **options)
+    stage.input_gradient_factor, stage.output_gradient_factor = factors
     execution = Execution(stage, layout, mesh)
     whole = batch()
     share = ROWS // layout.data
@@ -123,11 +129,7 @@ def test_with_recomputation_resharding_and_shrunk_gradients(workers) -> None:
 def weights_of(layout: ParallelLayout):
     """Checks that no shard repeats another, and returns the whole weights of this rank's stage."""
     mesh = layout.mesh("cpu")
-    with torch.device("meta"):
-        network = GLM130B(CONFIG)
-    stage = parallelize(network, layout, mesh)
-    stage.to_empty(device="cpu")
-    initialize(stage, CONFIG, 5)
+    stage = stage_on(layout, mesh)
     return dict(gather(stage))
 
 
@@ -150,11 +152,7 @@ def test_weights_do_not_depend_on_the_layout(workers, layout: ParallelLayout) ->
 def clipped_update(layout: ParallelLayout, precision: str):
     """Gradients after clipping to 0.1, computed in a precision."""
     mesh = layout.mesh("cpu")
-    with torch.device("meta"):
-        network = GLM130B(CONFIG)
-    stage = parallelize(network, layout, mesh, precision=precision)
-    stage.to_empty(device="cpu")
-    initialize(stage, CONFIG, 5)
+    stage = stage_on(layout, mesh, precision=precision)
     execution = Execution(stage, layout, mesh)
     whole = batch()
     share = ROWS // layout.data
@@ -225,11 +223,7 @@ def test_stages_are_lighter_at_the_ends() -> None:
 def masks_of(layout: ParallelLayout) -> tuple[list[int], list[torch.Tensor], list[torch.Tensor]]:
     """Place on the mesh, dropout masks of the branches, and of the attention weights, of one forward pass."""
     mesh = layout.mesh("cpu")
-    with torch.device("meta"):
-        network = GLM130B(CONFIG)
-    stage = parallelize(network, layout, mesh)
-    stage.to_empty(device="cpu")
-    initialize(stage, CONFIG, 5)
+    stage = stage_on(layout, mesh)
     stage.set_dropout(0.5, 0.5)
     place = [mesh[axis].get_local_rank() for axis in ("pipeline", "data", "tensor")]
     torch.manual_seed(17 + 100 * place[0] + 10 * place[1])  # as the step does: by stage and data rank
@@ -279,11 +273,7 @@ def test_no_dropout_mask_is_repeated_on_two_shards(workers) -> None:
 
 def dropped_gradients(layout: ParallelLayout, recompute: bool):
     mesh = layout.mesh("cpu")
-    with torch.device("meta"):
-        network = GLM130B(CONFIG)
-    stage = parallelize(network, layout, mesh, recompute=recompute)
-    stage.to_empty(device="cpu")
-    initialize(stage, CONFIG, 5)
+    stage = stage_on(layout, mesh, recompute=recompute)
     stage.set_dropout(0.1, 0.1)
     torch.manual_seed(3)
     Execution(stage, layout, mesh).forward_backward([batch()], 0.001)
