@@ -50,7 +50,7 @@ QUANTIZATION_GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """How the four matrices of each layer are stored in 8 or 4 bits (SPEC 6); embedding, norms and biases are not."""
+    """How the four matrices of each layer are stored in 8 or 4 bits (SPEC 6); norms and biases never are."""
 
     bits: int
     group: int | None = None
@@ -59,10 +59,13 @@ class QuantizationScheme:
     """Codes count from the group's own zero and not from 0; for weights that lie to one side."""
     clip: bool = False
     """Search the end of each range for the least squared error of the weights; needs no data."""
+    head_bits: int | None = None
+    """Of the embedding, which is also the head; None = it stays as it is, as in the original."""
 
     def __post_init__(self) -> None:
-        if self.bits not in QUANTIZED_BITS or isinstance(self.bits, bool):
-            raise ConfigError(f"weights are quantized to 8 or 4 bits, not {self.bits!r}", key="bits")
+        for key, bits in (("bits", self.bits), ("head_bits", self.head_bits)):
+            if (bits not in QUANTIZED_BITS and (key, bits) != ("head_bits", None)) or isinstance(bits, bool):
+                raise ConfigError(f"weights are quantized to 8 or 4 bits, not {bits!r}", key=key)
         if self.group is not None and (self.group not in QUANTIZATION_GROUPS or isinstance(self.group, bool)):
             raise ConfigError(
                 f"there are groups of {', '.join(map(str, QUANTIZATION_GROUPS))} columns, not of {self.group!r}",
@@ -73,7 +76,8 @@ class QuantizationScheme:
     def __str__(self) -> str:
         group = "one scale a row" if self.group is None else f"groups of {self.group}"
         extras = (", zero points" if self.zero_point else "") + (", clipped" if self.clip else "")
-        return f"{self.bits} bits, {group}{extras}"
+        head = f", head in {self.head_bits} bits" if self.head_bits else ""
+        return f"{self.bits} bits, {group}{extras}{head}"
 
     @property
     def largest(self) -> int:
@@ -91,6 +95,11 @@ class QuantizationScheme:
                 key="group",
             )
         return self.group
+
+    @property
+    def head(self) -> QuantizationScheme | None:
+        """The embedding's own scheme; None = it is not quantized."""
+        return None if self.head_bits is None else dataclasses.replace(self, bits=self.head_bits, head_bits=None)
 
     @classmethod
     def from_dict(cls, values: Any) -> QuantizationScheme:

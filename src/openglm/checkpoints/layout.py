@@ -12,6 +12,9 @@ from openglm.errors import InputError
 #: The released names begin with it; ours do not.
 PREFIX = "transformer."
 
+#: The embedding, which is also the head.
+EMBEDDING = "word_embeddings.weight"
+
 #: How the names of the matrices end that quantization stores as codes (SPEC 6.1).
 MATRICES = ("query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight")
 
@@ -36,12 +39,20 @@ def expected_tensors(config: ModelConfig) -> dict[str, Expected]:
     """Every tensor of the model, in the network's order (SPEC 4.3); of quantized matrices their codes and scales."""
     found: dict[str, Expected] = {}
     for name, shape in expected_shapes(config).items():
-        matrix = name.removesuffix(".weight")
-        if config.quantization is not None and name.endswith(MATRICES):
-            found |= {f"{matrix}.{part}": expected for part, expected in quantized_parts(shape, config.quantization).items()}
-        else:
+        scheme = scheme_of(name, config.quantization)
+        if scheme is None:
             found[name] = Expected(shape)
+        else:
+            matrix = name.removesuffix(".weight")
+            found |= {f"{matrix}.{part}": expected for part, expected in quantized_parts(shape, scheme).items()}
     return found
+
+
+def scheme_of(name: str, scheme: QuantizationScheme | None) -> QuantizationScheme | None:
+    """How a tensor is quantized in a model of a scheme; None = it is not."""
+    if scheme is None or name == EMBEDDING:
+        return scheme and scheme.head
+    return scheme if name.endswith(MATRICES) else None
 
 
 def quantized_parts(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[str, Expected]:
@@ -72,7 +83,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.dense_4h_to_h.weight": (h, i),
         "mlp.dense_4h_to_h.bias": (h,),
     }
-    shapes: dict[str, tuple[int, ...]] = {"word_embeddings.weight": (config.vocab_size, h)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, h)}
     for number in range(config.num_layers):
         shapes.update({f"layers.{number}.{name}": shape for name, shape in layer.items()})
     shapes["final_layernorm.weight"] = shapes["final_layernorm.bias"] = (h,)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from openglm.checkpoints.format import DEFAULT_SHARD_BYTES, SavableTokenizer, check_shape, check_tensor, save_checkpoint
-from openglm.checkpoints.layout import MATRICES, expected_tensors, plain_name, quantized_parts, resolve_dtype
+from openglm.checkpoints.layout import expected_tensors, plain_name, quantized_parts, resolve_dtype, scheme_of
 from openglm.config import ModelConfig, QuantizationScheme
 from openglm.errors import CheckpointError, ConfigError, InputError
 from openglm.models.glm130b import GLM130B
@@ -182,12 +182,13 @@ def convert_source(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         names = source.names()
         for done, name in enumerate(names, 1):
-            if scheme is not None and name.endswith(MATRICES):
-                parts, error = _quantized(name.removesuffix(".weight"), source.tensor(name), scheme)
+            own = scheme_of(name, scheme)
+            if own is None:
+                yield name, source.tensor(name)
+            else:
+                parts, error = _quantized(name.removesuffix(".weight"), source.tensor(name), own)
                 errors.append(error)
                 yield from parts.items()
-            else:
-                yield name, source.tensor(name)
             if progress is not None:
                 progress(done, len(names))
 

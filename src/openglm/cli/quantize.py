@@ -34,6 +34,9 @@ def quantize(
     ] = None,
     clip: Annotated[bool, typer.Option("--clip", help="Search the range of each group for the least error.")] = False,
     zero_point: Annotated[bool, typer.Option("--zero-point", help="Let the codes of each group have their own zero.")] = False,
+    head_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="8 or 4 for the embedding, which is also the head; else it stays as it is.")
+    ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Text to measure bits per byte on, before and after.")
     ] = None,
@@ -41,13 +44,14 @@ def quantize(
 ) -> None:
     """Store a model's matrices in 8 or 4 bits.
 
-    Embedding, norms and biases stay as they are. TARGET appears whole or not at all; memory holds one tensor at a time.
+    Norms and biases stay as they are, and so does the embedding without --head-bits. TARGET appears whole or not at all;
+    memory holds one tensor at a time.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"`{target}` exists and is not empty", hint="choose another folder or remove it", path=target)
     from openglm.config import QuantizationScheme
 
-    scheme = QuantizationScheme(bits, group, zero_point, clip)
+    scheme = QuantizationScheme(bits, group, zero_point, clip, head_bits)
     folder = model_folder(source)
     from openglm.checkpoints import convert_source, open_model
 

@@ -13,8 +13,10 @@ from openglm.errors import InputError
 from openglm.inference.cache import StaticCache
 from openglm.inference.sampling import FORBIDDEN, SamplingSettings, draw, filter_logits, penalize
 from openglm.infilling import Batch, Layout, Prompt
+from openglm.kernels.cpu.decode import DecodeStep
 from openglm.kernels.onednn import use_onednn
 from openglm.models.glm130b import GLM130B
+from openglm.quantization.layers import use_panels
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Decoding:
         b, width = batch.tokens.shape
         capacity = width + room
         engine.network.rotary.table(capacity, device, dtype)  # answers may run past the model's maximum length
-        self.network = engine.network
+        self.network, self._step_kernel = engine.network, engine.step_kernel
         self.cache = StaticCache(engine.network.config, b * copies, capacity, dtype=dtype, device=device)
         self.cache.rows = b
         self.width = width
@@ -66,12 +68,24 @@ class Decoding:
     def append(self, tokens: Tensor) -> Tensor:
         """Feed one token a row, int64 ``[rows]``; the logits behind it, float32 ``[rows, v]``."""
         end = self.cache.length + 1
-        mask = None if self._visible is None else self._visible[:, :, :end]
         positions = self._positions[:, self._step : self._step + 1]
-        self.logits = _single(self.network(tokens[:, None], positions, mask, cache=self.cache)[:, 0])
+        if self._step_kernel is None:
+            mask = None if self._visible is None else self._visible[:, :, :end]
+            self.logits = _single(self.network(tokens[:, None], positions, mask, cache=self.cache)[:, 0])
+        else:
+            self.logits = self._in_one_call(tokens, positions[:, 0])
         self.cache.advance(1)
         self._step += 1
         return self.logits
+
+    def _in_one_call(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The step as the compiled kernels do it; the network's own forward is its twin."""
+        network, kernel, cache = self.network, self._step_kernel, self.cache
+        assert kernel is not None
+        rotary = network.rotary.table(cache.capacity, tokens.device, torch.float32)[:, positions]
+        visible = None if self._visible is None else self._visible[:, 0]
+        found = kernel(network.embed(tokens), rotary, cache.keys, cache.values, cache.length, visible)
+        return found if kernel.has_head else network.vocabulary_product(found, network.word_embeddings.weight)
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int], *, shared_prompt: bool = False) -> None:
@@ -96,7 +110,11 @@ class Engine:
         self.network = network
         self.config = network.config
         self._anchor = network.final_layernorm.weight
+        self.notes = [note] if (note := use_panels(network)) else []
+        """What runs slower than it could, one sentence each."""
         use_onednn(network)
+        self.step_kernel = DecodeStep(network) if self.dtype == torch.float32 and DecodeStep.serves(network) else None
+        """Runs a decode step in one call, where the network is quantized and on a CPU."""
 
     @property
     def device(self) -> torch.device:

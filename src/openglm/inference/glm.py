@@ -38,7 +38,7 @@ class GLM:
         self.config = network.config
         self.tokenizer = tokenizer
         self.engine = Engine(network)
-        self.notes = list(notes)
+        self.notes = [*notes, *self.engine.notes]
         special = self.config.special_tokens
         self._ends = (special["eop"], special["eos"])
         self._unwritable = None if tokenizer is None else unwritable_ids(self.config, tokenizer).to(self.engine.device)

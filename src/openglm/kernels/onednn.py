@@ -78,7 +78,8 @@ def use_onednn(network: nn.Module) -> None:
     """
     if not available():
         return
-    network.vocabulary_product = linear  # pyright: ignore[reportArgumentType]
+    if network.vocabulary_product is F.linear:
+        network.vocabulary_product = linear  # pyright: ignore[reportArgumentType]
     for module in list(network.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
