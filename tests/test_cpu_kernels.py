@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,10 @@ from openglm.config import QuantizationScheme as Scheme
 from openglm.errors import InputError
 from openglm.inference.cache import StaticCache
 from openglm.inference.engine import Engine
+from openglm.infilling import blank_prompt, generation_prompt
 from openglm.kernels.cpu import build as builder
-from openglm.kernels.cpu.decode import DecodeStep
 from openglm.kernels.cpu.library import VARIANT, library, variants, why_not
+from openglm.kernels.cpu.network import Pass
 from openglm.kernels.cpu.panels import PanelMatrix, integer_sums, product, quantize_activations
 from openglm.models.glm130b import GLM130B
 from openglm.quantization.functional import Quantized, quantize_matrix
@@ -113,39 +116,35 @@ def network_of(scheme: Scheme) -> tuple[GLM130B, GLM130B]:
 @needs_kernels
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("scheme", [Scheme(8, 32), Scheme(4, 32, head_bits=8), Scheme(4), Scheme(8, head_bits=4)], ids=str)
-def test_a_step_is_the_networks_forward(monkeypatch, variant: str, scheme: Scheme) -> None:
+def test_a_pass_is_the_networks_forward(monkeypatch, variant: str, scheme: Scheme) -> None:
     monkeypatch.setenv(VARIANT, variant)
     network, plain = network_of(scheme)
     assert use_panels(network) == ""
-    step = DecodeStep(network)
-    assert DecodeStep.serves(network) and step.has_head == (scheme.head_bits is not None)
+    run = Pass(network)
+    assert Pass.serves(network) and run.has_head == (scheme.head_bits is not None)
     generator = torch.Generator().manual_seed(0)
     for rows, threads, dtype in ((1, 1, torch.float32), (5, 2, torch.float32), (3, 3, torch.float16)):
-        tokens = torch.randint(0, CONFIG.vocab_size, (rows, 12), generator=generator)
-        positions = torch.arange(12) + torch.arange(rows)[:, None]
-        mask = torch.ones(rows, 12, 12, dtype=torch.bool).tril()
-        mask[1:2, 3:, 1:3] = False  # one row sees less
+        tokens = torch.randint(0, CONFIG.vocab_size, (rows, 22), generator=generator)
+        positions = torch.arange(22) + torch.arange(rows)[:, None]
+        mask = torch.ones(rows, 22, 22, dtype=torch.bool).tril()
+        mask[:, :6, :6] = True  # part A
+        mask[1:2, 8:, 1:3] = False  # one row sees less
         wanted = plain(tokens, positions, mask)
-        cache = StaticCache(CONFIG, rows + 1, 20, dtype=dtype)  # it may hold more rows and columns
-        cache.rows = rows
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            for t in range(12):
-                if t < 5 and dtype == torch.float32:  # a prefill by the network, through the same matrices
-                    if t == 0:
-                        network.hidden_states(tokens[:, :5], positions[:, :5], mask[:, :5, :5], cache=cache)
-                        cache.advance(5)
-                    continue
-                rotary = network.rotary.table(40, torch.device("cpu"), torch.float32)[:, positions[:, t]]
-                visible = None if rows == 1 else mask[:, t]
-                found = step(network.embed(tokens[:, t]), rotary, cache.keys, cache.values, t, visible)
-                if not step.has_head:
-                    found = network.vocabulary_product(found, network.word_embeddings.weight)
-                assert relative(found, wanted[:, t]) < (1e-4 if dtype == torch.float32 else 2e-3)
-                cache.advance(1)
-        finally:
-            torch.set_num_threads(before)
+        cache = StaticCache(CONFIG, rows + 1, 30, dtype=dtype)  # it may hold more rows and columns
+        rotary = network.rotary.table(40, torch.device("cpu"), torch.float32)[:, positions]
+        run.threads = threads
+        # A prompt, three tokens at once, then one by one.
+        for start, end in ((0, 16), (16, 19), (19, 20), (20, 21), (21, 22)):
+            visible = None if rows == 1 and end - start == 1 else mask[:, start:end, :end]
+            found = run(tokens[:, start:end], rotary[:, :, start:end], cache.keys, cache.values, start, visible)
+            if not run.has_head:
+                found = network.vocabulary_product(found, network.word_embeddings.weight)
+            assert relative(found, wanted[:, start:end].flatten(0, 1)) < (1e-4 if dtype == torch.float32 else 2e-3)
+        picked = torch.tensor([rows * 16 - 1, 3, 3])
+        again = run(tokens[:, :16], rotary[:, :, :16], cache.keys, cache.values, 0, mask[:, :16, :16], picked)
+        if not run.has_head:
+            again = network.vocabulary_product(again, network.word_embeddings.weight)
+        assert relative(again, wanted[:, :16].flatten(0, 1)[picked]) < (1e-4 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +157,35 @@ def small(tmp_path_factory) -> Path:
 
 
 @needs_kernels
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 0.8, "seed": 3}], ids=str)
-def test_the_engine_writes_what_its_twin_writes(small: Path, monkeypatch, options: dict) -> None:
-    texts = ["The old man [MASK] the river.", "他在北京[MASK]。", "[gMASK]", "One, two, [MASK], four."]
+def test_the_engine_writes_as_its_twin(small: Path, monkeypatch) -> None:
     fast = openglm.load(small)
-    assert fast.engine.step_kernel is not None and not fast.notes
+    assert fast.engine.kernel is not None and not fast.notes
     monkeypatch.setenv(VARIANT, "none")
     slow = openglm.load(small)
-    assert slow.engine.step_kernel is None and "switched off" in slow.notes[-1]
-    for one, other in zip(*(glm.fill_batch(texts[:2], max_tokens=8, **options) for glm in (fast, slow)), strict=True):
-        assert one.text == other.text
+    assert slow.engine.kernel is None and "switched off" in slow.notes[-1]
+    special = fast.config.special_tokens
+    ids = [fast.tokenizer.encode(text) for text in ("The old man walked to the", "天")]  # pyright: ignore[reportOptionalMemberAccess]
+    prompts = [
+        blank_prompt([*ids[0], special["[MASK]"], *ids[1]], len(ids[0]), special),
+        generation_prompt(ids[1], special, kind="[gMASK]"),
+    ]
+    decodings = [glm.engine.prefill(prompts, 8, copies=2) for glm in (fast, slow)]
+    for step in range(6):
+        one, other = (decoding.logits for decoding in decodings)
+        assert relative(one, other.double()) < 2e-3
+        if step == 1:
+            for decoding in decodings:  # two beams of each
+                decoding.select([0, 0, 1, 1], shared_prompt=False)
+        if step == 4:
+            for decoding in decodings:
+                decoding.select([3, 1])
+        tokens = decodings[1].logits.topk(2).indices[:, step % 2]
+        for decoding in decodings:
+            decoding.append(tokens)
+    before = torch.get_num_threads()
+    for options in ({}, {"num_beams": 3}, {"temperature": 0.8, "seed": 3}):
+        assert all(result.spans for result in fast.fill_batch(["One [MASK] three.", "他[MASK]了。"], max_tokens=6, **options))
+    assert torch.get_num_threads() == before
     long = "Once upon a time there was a king. " * 4
     one, other = (glm.score(long + "[MASK]", ["He was old.", "他老了。"]) for glm in (fast, slow))
     for mine, twin in zip(one.choices, other.choices, strict=True):
@@ -192,14 +210,14 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path) -> None:
     network, _ = network_of(Scheme(8))
     engine = Engine(network)
     assert engine.notes == [why_not()] and "python -m openglm.kernels.cpu.build" in engine.notes[0]
-    assert engine.step_kernel is None
+    assert engine.kernel is None
 
 
 @needs_kernels
 def test_networks_with_zero_points_stay_with_the_twin() -> None:
     network, _ = network_of(Scheme(8, 32, zero_point=True, head_bits=8))
     assert "zero points" in use_panels(network)
-    assert not DecodeStep.serves(network)
+    assert not Pass.serves(network)
 
 
 @needs_kernels
@@ -218,3 +236,68 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["neon", "portable"])
+def test_an_emulated_arm_adds_up_the_same_integers(tmp_path, variant: str) -> None:
+    compiler, emulator = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+    if not shutil.which(compiler) or not shutil.which(emulator):
+        pytest.skip(f"needs {compiler} and {emulator} (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)")
+    built = tmp_path / "libpanels.so"
+    builder.build(built, compiler=compiler, machine="aarch64")
+    program = tmp_path / "products"
+    source = Path(__file__).parent / "products.c"
+    subprocess.run(
+        [compiler, f"-I{builder.HERE}", str(source), str(built), f"-Wl,-rpath,{tmp_path}", "-o", str(program)], check=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    for scheme in SCHEMES:
+        found = quantize_matrix(torch.randn(96, 256, generator=generator), scheme)
+        matrix, x = packed(found, scheme), torch.randn(256, generator=generator)
+        structure = matrix.structure
+        data = ctypes.string_at(ctypes.addressof(structure), ctypes.sizeof(structure))
+        data += ctypes.string_at(structure.panels, matrix.nbytes) + x.numpy().tobytes()
+        command = [emulator, "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(program), variant]
+        out = bytearray(subprocess.run(command, input=data, capture_output=True, check=True, timeout=60).stdout)
+        chunks = structure.columns // structure.chunk
+        sums = torch.frombuffer(out, dtype=torch.int32, count=96 * chunks).view(3, chunks, 32).transpose(1, 2).flatten(0, 1)
+        values, scales = quantize_activations(x, structure.chunk)
+        assert torch.equal(sums.long(), integer_sums(found.codes, values, structure.chunk))
+        assert torch.equal(torch.frombuffer(out, dtype=torch.float32, count=chunks, offset=4 * 96 * chunks), scales)
+        y = torch.frombuffer(out, dtype=torch.float32, offset=4 * 97 * chunks)
+        assert relative(y, product(found.codes, found.scales, x, structure.chunk)) < 2e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["cc", "no-such-compiler"])
+def test_the_package_installs_with_and_without_a_compiler(tmp_path, compiler: str) -> None:
+    root = Path(__file__).parents[1]
+    if compiler == "cc" and not shutil.which("cc"):
+        pytest.skip("there is no C compiler")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(root)]
+    # From a copy, so that the tree's own library stays as it is.
+    copy = tmp_path / "tree"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.so", "__pycache__"))
+    command[-1] = str(copy)
+    environment = {**os.environ, "CC": compiler}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    target = tmp_path / "installed"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    assert (target / "openglm/kernels/cpu/libpanels.so").exists() == (compiler == "cc")
+    assert wheel.name.endswith("-none-any.whl") == (compiler != "cc")
+    script = "from openglm.kernels.cpu.library import variants, why_not; print(variants(), why_not())"
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    ).stdout
+    assert ("portable" in out) == (compiler == "cc") and ("not compiled" in out or "without compiled" in out) == (
+        compiler != "cc"
+    )

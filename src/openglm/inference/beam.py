@@ -92,23 +92,24 @@ def beam_search(
         rows.append(_Row(ids, len(ids), room))
     search = _Search(list(ends), num_beams, length_penalty, no_repeat_ngram_size, min_tokens, forbidden)
     running, step = list(rows), 0
-    while True:
-        parents = search.step(running, decoding.logits, step)
-        step += 1
-        # Row i of the decoding is beam i % width of its batch row; finished batch rows are dropped.
-        width = decoding.logits.shape[0] // len(running)
-        source, tokens = [], []
-        for index, (row, parent) in enumerate(zip(running, parents, strict=True)):
-            if not row.done and step < row.room:
-                source += [index * width + beam for beam in parent]
-                tokens += [beam.tokens[-1] for beam in row.live]
-        still = [row for row in running if not row.done and step < row.room]
-        if not still:
-            break
-        if source != list(range(decoding.logits.shape[0])):
-            decoding.select(source, shared_prompt=width > 1 and len(still) == len(running))
-        running = still
-        decoding.append(torch.tensor(tokens, device=engine.device))
+    with engine.one_thread():
+        while True:
+            parents = search.step(running, decoding.logits, step)
+            step += 1
+            # Row i of the decoding is beam i % width of its batch row; finished batch rows are dropped.
+            width = decoding.logits.shape[0] // len(running)
+            source, tokens = [], []
+            for index, (row, parent) in enumerate(zip(running, parents, strict=True)):
+                if not row.done and step < row.room:
+                    source += [index * width + beam for beam in parent]
+                    tokens += [beam.tokens[-1] for beam in row.live]
+            still = [row for row in running if not row.done and step < row.room]
+            if not still:
+                break
+            if source != list(range(decoding.logits.shape[0])):
+                decoding.select(source, shared_prompt=width > 1 and len(still) == len(running))
+            running = still
+            decoding.append(torch.tensor(tokens, device=engine.device))
     return [search.result(row, consider_end) for row in rows]
 
 

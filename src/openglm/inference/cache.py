@@ -30,14 +30,21 @@ class StaticCache:
         """Columns in use."""
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[rows, heads, s, d]`` behind ``length``; views ``[rows, heads, length + s, d]`` of all so far."""
+        """Store ``[rows, heads, s, d]`` behind ``length``; all so far, ``[rows, heads, length + s, d]``, in the type given.
+
+        Views, where the cache has that type; keys and values of a first pass come back as they are, unrounded.
+        """
         keys, values = self._layers[layer]
         if self.rows != keys.shape[0]:
             keys, values = keys[: self.rows], values[: self.rows]
         end = self.length + key.shape[2]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        if keys.dtype == key.dtype:
+            return keys[:, :, :end], values[:, :, :end]
+        if self.length == 0:
+            return key, value
+        return keys[:, :, :end].to(key.dtype), values[:, :, :end].to(key.dtype)
 
     def advance(self, count: int) -> None:
         """``count`` columns have been written by every layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from openglm.errors import InputError
 from openglm.inference.cache import StaticCache
 from openglm.inference.sampling import FORBIDDEN, SamplingSettings, draw, filter_logits, penalize
 from openglm.infilling import Batch, Layout, Prompt
-from openglm.kernels.cpu.decode import DecodeStep
+from openglm.kernels.cpu.network import Pass
 from openglm.kernels.onednn import use_onednn
 from openglm.models.glm130b import GLM130B
 from openglm.quantization.layers import use_panels
@@ -42,8 +43,8 @@ class Decoding:
         b, width = batch.tokens.shape
         capacity = width + room
         engine.network.rotary.table(capacity, device, dtype)  # answers may run past the model's maximum length
-        self.network, self._step_kernel = engine.network, engine.step_kernel
-        self.cache = StaticCache(engine.network.config, b * copies, capacity, dtype=dtype, device=device)
+        self.network, self._kernel = engine.network, engine.kernel
+        self.cache = StaticCache(engine.network.config, b * copies, capacity, dtype=engine.cache_dtype, device=device)
         self.cache.rows = b
         self.width = width
         """Columns of the prefill, padding included."""
@@ -60,7 +61,11 @@ class Decoding:
             self._visible[:, 0, :width] = batch.mask.flatten(0, 1)[rows]
         self._step = 0
         #: float32 ``[rows, v]``: scores of the next token of each row.
-        logits = self.network(batch.tokens, batch.positions, batch.mask, cache=self.cache, rows=rows)
+        if self._kernel is None:
+            logits = self.network(batch.tokens, batch.positions, batch.mask, cache=self.cache, rows=rows)
+        else:
+            self._kernel.threads = torch.get_num_threads()
+            logits = self._in_one_call(batch.tokens, batch.positions, batch.mask, rows)
         self.logits = _single(logits)
         self.cache.advance(width)
 
@@ -69,22 +74,21 @@ class Decoding:
         """Feed one token a row, int64 ``[rows]``; the logits behind it, float32 ``[rows, v]``."""
         end = self.cache.length + 1
         positions = self._positions[:, self._step : self._step + 1]
-        if self._step_kernel is None:
+        if self._kernel is None:
             mask = None if self._visible is None else self._visible[:, :, :end]
             self.logits = _single(self.network(tokens[:, None], positions, mask, cache=self.cache)[:, 0])
         else:
-            self.logits = self._in_one_call(tokens, positions[:, 0])
+            self.logits = self._in_one_call(tokens[:, None], positions, self._visible)
         self.cache.advance(1)
         self._step += 1
         return self.logits
 
-    def _in_one_call(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The step as the compiled kernels do it; the network's own forward is its twin."""
-        network, kernel, cache = self.network, self._step_kernel, self.cache
+    def _in_one_call(self, tokens: Tensor, positions: Tensor, visible: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Logits as the compiled kernels make them; the network's own forward is their twin."""
+        network, kernel, cache = self.network, self._kernel, self.cache
         assert kernel is not None
         rotary = network.rotary.table(cache.capacity, tokens.device, torch.float32)[:, positions]
-        visible = None if self._visible is None else self._visible[:, 0]
-        found = kernel(network.embed(tokens), rotary, cache.keys, cache.values, cache.length, visible)
+        found = kernel(tokens, rotary, cache.keys, cache.values, cache.length, visible, rows)
         return found if kernel.has_head else network.vocabulary_product(found, network.word_embeddings.weight)
 
     @torch.inference_mode()
@@ -113,8 +117,10 @@ class Engine:
         self.notes = [note] if (note := use_panels(network)) else []
         """What runs slower than it could, one sentence each."""
         use_onednn(network)
-        self.step_kernel = DecodeStep(network) if self.dtype == torch.float32 and DecodeStep.serves(network) else None
-        """Runs a decode step in one call, where the network is quantized and on a CPU."""
+        self.kernel = Pass(network) if self.dtype == torch.float32 and Pass.serves(network) else None
+        """Runs prompts and steps in one call each, where the network is quantized and on a CPU."""
+        self.cache_dtype = self.dtype if self.kernel is None else torch.float16
+        """Of keys and values: the network's, or half of it where the kernel reads that as fast as it comes."""
 
     @property
     def device(self) -> torch.device:
@@ -125,6 +131,17 @@ class Engine:
     def dtype(self) -> torch.dtype:
         """The dtype of weights and cache."""
         return self._anchor.dtype
+
+    @contextlib.contextmanager
+    def one_thread(self) -> Iterator[None]:
+        """Where the kernels' own threads do the work, torch stays on one: its others would wait awake on their cores."""
+        threads = torch.get_num_threads()
+        if self.kernel is not None:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def prefill(
@@ -193,7 +210,7 @@ class Generation:
         written = torch.zeros_like(decoding.logits, dtype=torch.bool) if self._settings.repetition_penalty != 1.0 else None
         step = 0
         while True:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._engine.one_thread():
                 tokens, log_probabilities = self._choose(decoding.logits, rows, written, step)
                 if written is not None:
                     written.scatter_(1, tokens[:, None], True)
@@ -207,7 +224,7 @@ class Generation:
                     yield Token(row, token, log, ends)
             if not self._live:
                 return
-            with torch.inference_mode():
+            with torch.inference_mode(), self._engine.one_thread():
                 # Rows that are done go on without effect; once they are the half, they are dropped.
                 if 2 * len(self._live) <= len(rows):
                     kept = [index for index, row in enumerate(rows) if row in self._live]

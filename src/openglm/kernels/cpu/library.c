@@ -1,6 +1,7 @@
 /* What Python calls: memory, packing, and the best variant that this processor runs. */
 #define _GNU_SOURCE
 #include "panels.h"
+#include "pool.h"
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -101,7 +102,7 @@ EXPORT void glm_free(void *at, size_t size) {
 /* Codes int8 [count][columns] of the rows of one panel, and their scales float16 [count][groups], into its bytes.
  * m->columns may be more than `columns`: codes of 0 fill the rest, as they fill the rows that do not exist. */
 static void pack_panel(const Matrix *m, const int8_t *codes, int64_t columns, const uint16_t *scales, int64_t count, uint8_t *out) {
-    const int64_t group = m->group ? m->group : m->columns, groups = m->columns / group;
+    const int64_t group = m->group, groups = m->columns / group;
     const int offset = m->bits == 8 ? 128 : 8;
     for (int64_t g = 0; g < groups; g++) {
         for (int64_t k = g * group; k < (g + 1) * group; k += m->bits == 8 ? 4 : 8, out += 4 * PANEL)
@@ -125,7 +126,7 @@ static void pack_panel(const Matrix *m, const int8_t *codes, int64_t columns, co
 /* Rows first .. first + n of a matrix, codes int8 [n][columns] and scales float16 [n][groups], into m->panels. `first` is
  * the first row of a panel, and n whole panels or up to the end of a half. */
 EXPORT void glm_pack(const Matrix *m, int64_t first, int64_t n, const int8_t *codes, int64_t columns, const uint16_t *scales) {
-    const int64_t groups = m->group ? m->columns / m->group : 1, own = half_rows(m);
+    const int64_t groups = m->columns / m->group, own = half_rows(m);
     for (int64_t r = 0; r < n; r += PANEL) {
         int64_t row = first + r, half = row / own, panel = row % own / PANEL * m->halves + half;
         int64_t count = n - r < PANEL ? n - r : PANEL;
@@ -152,4 +153,36 @@ EXPORT int glm_sums(const Matrix *m, const float *x, int32_t *sums, float *scale
     int result = chosen->sums(m, x, sums, scales);
     pthread_mutex_unlock(&lock);
     return result;
+}
+
+typedef struct {
+    const uint8_t *at;
+    size_t size;
+    int threads;
+    uint64_t sums[256];
+} Reading;
+
+static void read_work(void *context, int thread) {
+    Reading *job = context;
+    size_t share = job->size / job->threads & ~(size_t)63;
+    const uint8_t *p = job->at + share * thread;
+    uint64_t sums[8] = {0};
+    for (size_t k = 0; k < share; k += 64) {
+        __builtin_prefetch(p + k + 4096);
+        const uint64_t *line = (const uint64_t *)(p + k);
+        for (int i = 0; i < 8; i++) sums[i] += line[i];
+    }
+    for (int i = 0; i < 8; i++) job->sums[thread] += sums[i];
+}
+
+/* Read memory once from end to end, as the kernels read weights: what their speed is compared with. */
+EXPORT uint64_t glm_read(const void *at, size_t size, int threads) {
+    Reading job = {.at = at, .size = size, .threads = threads};
+    uint64_t sum = 0;
+    if (threads > 256) return 0;
+    pthread_mutex_lock(&lock);
+    pool_run(read_work, &job, threads);
+    pthread_mutex_unlock(&lock);
+    for (int i = 0; i < threads; i++) sum += job.sums[i];
+    return sum;
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+import time
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
 from openglm.errors import InputError
@@ -65,20 +66,23 @@ class Step(Structure):
     """As ``Step`` of panels.h."""
 
     _fields_ = (
-        ("rows", c_int64),
+        ("sequences", c_int64),
+        ("tokens", c_int64),
+        ("ids", c_void_p),
         ("embeddings", c_void_p),
         ("cosines", c_void_p),
         ("sines", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("layer_stride", c_int64),
-        ("row_stride", c_int64),
+        ("sequence_stride", c_int64),
         ("head_stride", c_int64),
-        ("cache_type", c_int32),
-        ("pad", c_int32),
+        ("cache_type", c_int64),
         ("length", c_int64),
         ("visible", c_void_p),
         ("visible_stride", c_int64),
+        ("picked", c_void_p),
+        ("num_picked", c_int64),
         ("normed", c_void_p),
         ("logits", c_void_p),
     )
@@ -105,6 +109,7 @@ def _open(path: Path) -> ctypes.CDLL | None:
     found.glm_linear.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int]
     found.glm_step.argtypes = [POINTER(Network), POINTER(Step), c_int]
     found.glm_sums.argtypes = [POINTER(Matrix), c_void_p, c_void_p, c_void_p]
+    found.glm_read.argtypes, found.glm_read.restype = [c_void_p, c_size_t, c_int], c_uint64
     sizes = (c_int64 * 4)()
     found.glm_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(kind) for kind in (Matrix, Layer, Network, Step)]:
@@ -136,6 +141,26 @@ def library() -> ctypes.CDLL | None:
             f"{VARIANT} asks for `{wanted}`, but this machine runs {', '.join(variants())}", hint="unset it", key=VARIANT
         )
     return opened
+
+
+def read_bandwidth(size: int = 1 << 30, threads: int = 1, rounds: int = 3) -> float:
+    """Bytes a second, the best of some rounds, at which the kernels' threads read memory in huge pages."""
+    found = library()
+    if found is None:
+        raise RuntimeError(why_not())
+    address = found.glm_allocate(size)
+    if not address:
+        raise MemoryError(f"there is no memory for a buffer of {size / 1e9:.1f} GB")
+    try:
+        ctypes.memset(address, 1, size)
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            found.glm_read(address, size, threads)
+            times.append(time.perf_counter() - start)
+    finally:
+        found.glm_free(address, size)
+    return size / min(times)
 
 
 def why_not() -> str:

@@ -1,13 +1,13 @@
 /* Quantized matrices as panels of 32 rows: one stream of bytes that a thread reads from end to end.
  *
  *   panel = for each group of columns: its codes, then the 32 float16 scales of its rows
- *           (one scale a row: all codes, then the 32 scales)
+ *           (one scale a row: one group of all columns)
  *   codes of 8 bits: for each quad of columns: 32 rows x 4 bytes, code + 128
  *   codes of 4 bits: for each two quads:       32 rows x 4 bytes, code + 8; low nibbles the first quad, high the second
  *
  * A lane of a vector is one row, so no product needs a horizontal sum, and everything stays a multiple of 64 bytes.
  *
- * Activations are integers of 16 bits with a float scale for each chunk of columns (the group, or 128 at most):
+ * Activations are integers of 16 bits with a float scale for each chunk of columns (a group, or a part of one):
  * |v| <= 32512, so that a sum over a chunk of 128 with codes of 8 bits fits 32 bits.
  */
 #ifndef OPENGLM_PANELS_H
@@ -26,8 +26,8 @@ typedef struct {
     int64_t rows;      /* true rows, of all halves */
     int64_t columns;   /* as packed: a multiple of 32 */
     int32_t bits;      /* 8 or 4 */
-    int32_t group;     /* columns a scale; 0 = one scale a row */
-    int32_t chunk;     /* columns an activation scale: the group, or 32, 64 or 128 */
+    int32_t group;     /* columns a scale */
+    int32_t chunk;     /* columns an activation scale: 32, 64 or 128, a divisor of the group */
     int32_t halves;    /* 2: panels of the first and the second half of the rows alternate (GeGLU); else 1 */
 } Matrix;
 
@@ -53,20 +53,22 @@ typedef struct {
     float alpha, epsilon;
 } Network;
 
-/* One token for each of some rows. */
+/* A pass: one token for each of some sequences, or a prompt for each. Rows are tokens, sequence by sequence. */
 typedef struct {
-    int64_t rows;
-    const float *embeddings;         /* [rows][hidden] */
-    const float *cosines, *sines;    /* [rows][head_size] */
-    void *keys, *values;             /* [layers][rows][heads][capacity][head_size] with these strides, in elements */
-    int64_t layer_stride, row_stride, head_stride;
-    int32_t cache_type;              /* 0 float32, 1 float16 */
-    int32_t pad;
-    int64_t length;                  /* columns before this token, the same for all rows */
-    const uint8_t *visible;          /* [rows][visible_stride], NULL = all columns may be seen */
+    int64_t sequences, tokens;     /* tokens of each sequence */
+    const int64_t *ids;            /* [rows], where the head is packed: it is the embedding too */
+    const float *embeddings;       /* [rows][hidden], where it is not */
+    const float *cosines, *sines;  /* [rows][head_size] */
+    void *keys, *values;           /* [layers][sequences][heads][capacity][head_size] with these strides, in elements */
+    int64_t layer_stride, sequence_stride, head_stride;
+    int64_t cache_type;            /* 0 float32, 1 float16 */
+    int64_t length;                /* columns that are there already, the same for all sequences */
+    const uint8_t *visible;        /* [rows][visible_stride] over length + tokens columns; NULL = all may be seen */
     int64_t visible_stride;
-    float *normed;                   /* out, [rows][hidden]: what meets the head */
-    float *logits;                   /* out, [rows][vocabulary], where there is a head */
+    const int64_t *picked;         /* rows whose outcome is wanted */
+    int64_t num_picked;
+    float *normed;                 /* out, [picked][hidden]: what meets the head */
+    float *logits;                 /* out, [picked][vocabulary], where the head is packed */
 } Step;
 
 /* What each variant (one compilation of variant.c) offers. */
@@ -79,8 +81,7 @@ typedef struct {
 } Variant;
 
 static inline int64_t panel_bytes(const Matrix *m) {
-    int64_t scales = m->group ? m->columns / m->group : 1;
-    return m->columns * PANEL * m->bits / 8 + scales * 2 * PANEL;
+    return m->columns * PANEL * m->bits / 8 + m->columns / m->group * 2 * PANEL;
 }
 static inline int64_t half_rows(const Matrix *m) { return m->rows / m->halves; }
 static inline int64_t panel_count(const Matrix *m) { return (half_rows(m) + PANEL - 1) / PANEL * m->halves; }

@@ -46,8 +46,9 @@ def product(codes: Tensor, scales: Tensor, x: Tensor, chunk: int) -> Tensor:
 class PanelMatrix:
     """A quantized matrix in the kernels' layout, in huge pages of its own. ``pack`` fills it, slice by slice of its rows.
 
-    rows, columns: of the matrix; bits: 8 or 4; group: columns a scale, None = one a row. bias: float32 ``[rows]`` or None.
-    halves: 2 puts the panels of both halves of the rows side by side, as GeGLU reads them. Raises ``MemoryError``.
+    rows, columns: of the matrix; bits: 8 or 4; group: columns a scale, a multiple of 32, None = one a row. bias: float32
+    ``[rows]`` or None. halves: 2 puts the panels of both halves of the rows side by side, as GeGLU reads them. Raises
+    ``MemoryError``.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class PanelMatrix:
         self._library = found
         self.rows, self.columns, self.bits, self.group = rows, columns, bits, group
         padded = -(-columns // 32) * 32
-        chunk = group or next(size for size in (128, 64, 32) if padded % size == 0)
+        chunk = next(size for size in (128, 64, 32) if (group or padded) % size == 0)
         self.bias = None if bias is None else bias.detach().float().contiguous()
         pointer = None if self.bias is None else self.bias.data_ptr()
-        self.structure = Matrix(None, pointer, rows, padded, bits, group or 0, chunk, halves)
+        self.structure = Matrix(None, pointer, rows, padded, bits, group or padded, chunk, halves)
         reference = ctypes.byref(self.structure)
         self.nbytes = found.glm_panel_bytes(reference) * found.glm_panel_count(reference)
         """Bytes of codes and scales, padding included."""
@@ -90,7 +91,7 @@ class PanelMatrix:
         """Dequantized rows float32 ``[n, columns]`` of indices int64 ``[n]``; for a matrix without halves."""
         matrix = self.structure
         quads = matrix.columns // 4 // (2 if self.bits == 4 else 1)  # rows of 32 x 4 bytes
-        groups = matrix.columns // self.group if self.group else 1
+        groups = matrix.columns // matrix.group
         block = quads // groups * 4 * PANEL + 2 * PANEL
         data = torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(matrix.panels)))
         blocks = data.view(-1, groups, block)[rows // PANEL]  # [n, groups, block]

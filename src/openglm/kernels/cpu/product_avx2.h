@@ -85,31 +85,28 @@ static inline void load_scales(const uint8_t *p, __m256 *scales) {
 }
 
 static void product(const uint8_t *panel, const Matrix *m, const Activations *a, int64_t first, int count, float *y) {
-    const int64_t chunks = m->columns / m->chunk;
+    const int64_t chunks = m->columns / m->chunk, of_group = m->group / m->chunk;
     for (int b = 0; b < count; b++, y += PANEL) {
         const uint8_t *p = panel;
         const int8_t *bytes = a->bytes + (first + b) * 2 * m->columns;
-        __m256 sums[4], scales[4];
-        for (int i = 0; i < 4; i++) sums[i] = _mm256_setzero_ps();
-        for (int64_t c = 0; c < chunks; c++, bytes += 2 * m->chunk) {
-            __m256i s[4];
-            __m256 own = _mm256_set1_ps(a->scales[(first + b) * chunks + c]);
-            p = chunk_sums(p, m, bytes, a->offsets + ((first + b) * chunks + c) * 2, s);
-            if (m->group) {
-                load_scales(p, scales);
-                FETCH(p);
-                p += 2 * PANEL;
+        const int32_t *offsets = a->offsets + (first + b) * chunks * 2;
+        const float *own = a->scales + (first + b) * chunks;
+        __m256 total[4], scales[4];
+        for (int i = 0; i < 4; i++) total[i] = _mm256_setzero_ps();
+        for (int64_t c = 0; c < chunks; c += of_group) {
+            __m256 sums[4];
+            for (int i = 0; i < 4; i++) sums[i] = _mm256_setzero_ps();
+            for (int64_t j = c; j < c + of_group; j++, bytes += 2 * m->chunk) {
+                __m256i s[4];
+                p = chunk_sums(p, m, bytes, offsets + 2 * j, s);
+                for (int i = 0; i < 4; i++) sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[i]), _mm256_set1_ps(own[j]), sums[i]);
             }
-            for (int i = 0; i < 4; i++) {
-                __m256 scale = m->group ? _mm256_mul_ps(scales[i], own) : own;
-                sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[i]), scale, sums[i]);
-            }
-        }
-        if (!m->group) {
             load_scales(p, scales);
-            for (int i = 0; i < 4; i++) sums[i] = _mm256_mul_ps(sums[i], scales[i]);
+            FETCH(p);
+            p += 2 * PANEL;
+            for (int i = 0; i < 4; i++) total[i] = _mm256_fmadd_ps(sums[i], scales[i], total[i]);
         }
-        for (int i = 0; i < 4; i++) _mm256_storeu_ps(y + 8 * i, sums[i]);
+        for (int i = 0; i < 4; i++) _mm256_storeu_ps(y + 8 * i, total[i]);
     }
 }
 
@@ -117,7 +114,7 @@ static void product_sums(const uint8_t *p, const Matrix *m, const Activations *a
     for (int64_t c = 0; c < m->columns / m->chunk; c++, sums += PANEL) {
         __m256i s[4];
         p = chunk_sums(p, m, a->bytes + c * 2 * m->chunk, a->offsets + 2 * c, s);
-        if (m->group) p += 2 * PANEL;
+        if ((c + 1) * m->chunk % m->group == 0) p += 2 * PANEL;
         for (int i = 0; i < 4; i++) _mm256_storeu_si256((__m256i *)sums + i, s[i]);
     }
 }

@@ -83,7 +83,7 @@ static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
 
 static inline __attribute__((always_inline)) void product_tile(
     const uint8_t *p, const Matrix *m, const Activations *a, int64_t first, const int count, const int bits, float *y) {
-    const int64_t chunks = m->columns / m->chunk;
+    const int64_t chunks = m->columns / m->chunk, of_group = m->group / m->chunk;
     const int8_t *bytes[TILE];
     const int32_t *offsets[TILE];
     const float *scales[TILE];
@@ -94,37 +94,27 @@ static inline __attribute__((always_inline)) void product_tile(
         scales[b] = a->scales + (first + b) * chunks;
         y0[b] = y1[b] = _mm512_setzero_ps();
     }
-    for (int64_t c = 0; c < chunks; c++) {
-        __m512i s[TILE][2];
-        p = chunk_sums(p, count, bits, m->chunk / 4, bytes, offsets, s);
-        if (m->group) {
-            __m512 scale0 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)p));
-            __m512 scale1 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(p + 32)));
-            FETCH(p);
-            p += 64;
+    for (int64_t c = 0; c < chunks; c += of_group) {
+        __m512 sum0[TILE], sum1[TILE];
+        for (int b = 0; b < count; b++) sum0[b] = sum1[b] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < of_group; i++) {
+            __m512i s[TILE][2];
+            p = chunk_sums(p, count, bits, m->chunk / 4, bytes, offsets, s);
             for (int b = 0; b < count; b++) {
-                __m512 own = _mm512_set1_ps(scales[b][c]);
-                y0[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[b][0]), _mm512_mul_ps(scale0, own), y0[b]);
-                y1[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[b][1]), _mm512_mul_ps(scale1, own), y1[b]);
-            }
-        } else {
-            for (int b = 0; b < count; b++) {
-                __m512 own = _mm512_set1_ps(scales[b][c]);
-                y0[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[b][0]), own, y0[b]);
-                y1[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[b][1]), own, y1[b]);
+                __m512 own = _mm512_set1_ps(scales[b][c + i]);
+                sum0[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[b][0]), own, sum0[b]);
+                sum1[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[b][1]), own, sum1[b]);
+                bytes[b] += 2 * m->chunk;
+                offsets[b] += 2;
             }
         }
-        for (int b = 0; b < count; b++) {
-            bytes[b] += 2 * m->chunk;
-            offsets[b] += 2;
-        }
-    }
-    if (!m->group) {
         __m512 scale0 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)p));
         __m512 scale1 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(p + 32)));
+        FETCH(p);
+        p += 2 * PANEL;
         for (int b = 0; b < count; b++) {
-            y0[b] = _mm512_mul_ps(y0[b], scale0);
-            y1[b] = _mm512_mul_ps(y1[b], scale1);
+            y0[b] = _mm512_fmadd_ps(sum0[b], scale0, y0[b]);
+            y1[b] = _mm512_fmadd_ps(sum1[b], scale1, y1[b]);
         }
     }
     for (int b = 0; b < count; b++) {
@@ -148,7 +138,7 @@ static void product_sums(const uint8_t *p, const Matrix *m, const Activations *a
         __m512i s[1][2];
         if (m->bits == 8) p = chunk_sums(p, 1, 8, m->chunk / 4, bytes, offsets, s);
         else p = chunk_sums(p, 1, 4, m->chunk / 4, bytes, offsets, s);
-        if (m->group) p += 64;
+        if ((c + 1) * m->chunk % m->group == 0) p += 2 * PANEL;
         _mm512_storeu_si512(sums, s[0][0]);
         _mm512_storeu_si512(sums + 16, s[0][1]);
         bytes[0] += 2 * m->chunk;

@@ -68,29 +68,28 @@ static inline void load_scales(const uint8_t *p, float32x4_t *scales) {
 }
 
 static void product(const uint8_t *panel, const Matrix *m, const Activations *a, int64_t first, int count, float *y) {
-    const int64_t chunks = m->columns / m->chunk;
+    const int64_t chunks = m->columns / m->chunk, of_group = m->group / m->chunk;
     for (int b = 0; b < count; b++, y += PANEL) {
         const uint8_t *p = panel;
         const int8_t *bytes = a->bytes + (first + b) * 2 * m->columns;
-        float32x4_t sums[8], scales[8];
-        for (int i = 0; i < 8; i++) sums[i] = vdupq_n_f32(0);
-        for (int64_t c = 0; c < chunks; c++, bytes += 2 * m->chunk) {
-            int32x4_t s[8];
-            float32x4_t own = vdupq_n_f32(a->scales[(first + b) * chunks + c]);
-            p = chunk_sums(p, m, bytes, a->offsets + ((first + b) * chunks + c) * 2, s);
-            if (m->group) {
-                load_scales(p, scales);
-                FETCH(p);
-                p += 2 * PANEL;
+        const int32_t *offsets = a->offsets + (first + b) * chunks * 2;
+        const float *own = a->scales + (first + b) * chunks;
+        float32x4_t total[8], scales[8];
+        for (int i = 0; i < 8; i++) total[i] = vdupq_n_f32(0);
+        for (int64_t c = 0; c < chunks; c += of_group) {
+            float32x4_t sums[8];
+            for (int i = 0; i < 8; i++) sums[i] = vdupq_n_f32(0);
+            for (int64_t j = c; j < c + of_group; j++, bytes += 2 * m->chunk) {
+                int32x4_t s[8];
+                p = chunk_sums(p, m, bytes, offsets + 2 * j, s);
+                for (int i = 0; i < 8; i++) sums[i] = vfmaq_n_f32(sums[i], vcvtq_f32_s32(s[i]), own[j]);
             }
-            for (int i = 0; i < 8; i++)
-                sums[i] = vfmaq_f32(sums[i], vcvtq_f32_s32(s[i]), m->group ? vmulq_f32(scales[i], own) : own);
-        }
-        if (!m->group) {
             load_scales(p, scales);
-            for (int i = 0; i < 8; i++) sums[i] = vmulq_f32(sums[i], scales[i]);
+            FETCH(p);
+            p += 2 * PANEL;
+            for (int i = 0; i < 8; i++) total[i] = vfmaq_f32(total[i], sums[i], scales[i]);
         }
-        for (int i = 0; i < 8; i++) vst1q_f32(y + 4 * i, sums[i]);
+        for (int i = 0; i < 8; i++) vst1q_f32(y + 4 * i, total[i]);
     }
 }
 
@@ -98,7 +97,7 @@ static void product_sums(const uint8_t *p, const Matrix *m, const Activations *a
     for (int64_t c = 0; c < m->columns / m->chunk; c++, sums += PANEL) {
         int32x4_t s[8];
         p = chunk_sums(p, m, a->bytes + c * 2 * m->chunk, a->offsets + 2 * c, s);
-        if (m->group) p += 2 * PANEL;
+        if ((c + 1) * m->chunk % m->group == 0) p += 2 * PANEL;
         for (int i = 0; i < 8; i++) vst1q_s32(sums + 4 * i, s[i]);
     }
 }

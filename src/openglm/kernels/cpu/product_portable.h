@@ -57,30 +57,29 @@ static const uint8_t *chunk_sums(const uint8_t *p, const Matrix *m, const int16_
 }
 
 static void product(const uint8_t *panel, const Matrix *m, const Activations *a, int64_t first, int count, float *y) {
-    const int64_t chunks = m->columns / m->chunk;
+    const int64_t chunks = m->columns / m->chunk, of_group = m->group / m->chunk;
     for (int b = 0; b < count; b++, y += PANEL) {
         const uint8_t *p = panel;
+        const int16_t *values = (const int16_t *)(a->bytes + (first + b) * 2 * m->columns);
         for (int r = 0; r < PANEL; r++) y[r] = 0;
-        for (int64_t c = 0; c < chunks; c++) {
-            int32_t sums[PANEL];
-            const int16_t *v = (const int16_t *)(a->bytes + (first + b) * 2 * m->columns) + c * m->chunk;
-            p = chunk_sums(p, m, v, a->offsets[((first + b) * chunks + c) * 2], sums);
-            float own = a->scales[(first + b) * chunks + c];
-            for (int r = 0; r < PANEL; r++) {
-                float scale = m->group ? half_to_float(((const uint16_t *)p)[r]) * own : own;
-                y[r] += (float)sums[r] * scale;
+        for (int64_t c = 0; c < chunks; c += of_group) {
+            float group[PANEL] = {0};
+            for (int64_t j = c; j < c + of_group; j++) {
+                int32_t sums[PANEL];
+                int64_t place = (first + b) * chunks + j;
+                p = chunk_sums(p, m, values + j * m->chunk, a->offsets[2 * place], sums);
+                for (int r = 0; r < PANEL; r++) group[r] += (float)sums[r] * a->scales[place];
             }
-            if (m->group) p += 2 * PANEL;
+            for (int r = 0; r < PANEL; r++) y[r] += group[r] * half_to_float(((const uint16_t *)p)[r]);
+            p += 2 * PANEL;
         }
-        if (!m->group)
-            for (int r = 0; r < PANEL; r++) y[r] *= half_to_float(((const uint16_t *)p)[r]);
     }
 }
 
 static void product_sums(const uint8_t *p, const Matrix *m, const Activations *a, int32_t *sums) {
     for (int64_t c = 0; c < m->columns / m->chunk; c++, sums += PANEL) {
         p = chunk_sums(p, m, (const int16_t *)a->bytes + c * m->chunk, a->offsets[2 * c], sums);
-        if (m->group) p += 2 * PANEL;
+        if ((c + 1) * m->chunk % m->group == 0) p += 2 * PANEL;
     }
 }
 

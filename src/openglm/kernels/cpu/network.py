@@ -1,4 +1,4 @@
-"""One call for a whole decode step: a token for each row, through all layers. Its readable twin is ``GLM130B.forward``."""
+"""One call for a whole pass: a token for each sequence, or prompts, through all layers. Its twin is ``GLM130B.forward``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from openglm.kernels.cpu.panels import PanelEmbedding, PanelLinear
 CACHE_TYPES = {torch.float32: 0, torch.float16: 1}
 
 
-class DecodeStep:
-    """Runs one token a row through a ``GLM130B`` on the CPU whose matrices are all ``PanelLinear``.
+class Pass:
+    """Runs tokens through a ``GLM130B`` on the CPU whose matrices are all ``PanelLinear``.
 
     The product with the vocabulary is in it if that is packed too, else the caller does it. Norms are copied to float32.
     """
@@ -63,6 +63,8 @@ class DecodeStep:
         )
         self.has_head = head is not None
         self.config = config
+        self.threads = torch.get_num_threads()
+        self._embed = network.embed
 
     @staticmethod
     def serves(network: Any) -> bool:
@@ -79,36 +81,48 @@ class DecodeStep:
         )
 
     def __call__(
-        self, embeddings: Tensor, rotary: Tensor, keys: Tensor, values: Tensor, length: int, visible: Tensor | None = None
+        self,
+        tokens: Tensor,
+        rotary: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: int,
+        visible: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Logits float32 ``[rows, v]``, or without a head what meets it, ``[rows, h]``.
+        """Logits float32 ``[n, v]``, or without a head what meets it, ``[n, h]``, of all rows or some.
 
-        embeddings: float32 ``[rows, h]``. rotary: float32 ``[2, rows, d]``, cosines and sines of the positions. keys, values:
-        float32 or float16 ``[layers, at least rows, heads, capacity, d]``; column ``length`` is written. visible: bool
-        ``[rows, at least length + 1]``, True = may be attended to; None = all.
+        tokens: int64 ``[b, s]``. rotary: float32 ``[2, b, s, d]``, cosines and sines of the positions. keys, values: float32 or
+        float16 ``[layers, at least b, heads, capacity, d]``; columns ``length`` to ``length + s`` are written. visible: bool
+        ``[b, s, at least length + s]``, True = may be attended to; None = all. rows: int64 ``[n]``, indices into ``[b * s]``.
         """
-        rows, (cos, sin) = len(embeddings), rotary.contiguous()
-        embeddings = embeddings.contiguous()
-        normed = torch.empty(rows, self.config.hidden_size)
-        logits = torch.empty(rows, self.config.vocab_size) if self.has_head else None
+        b, s = tokens.shape
+        tokens, rotary = tokens.contiguous(), rotary.contiguous()
+        rows = torch.arange(b * s) if rows is None else rows.contiguous()
+        normed = torch.empty(len(rows), self.config.hidden_size)
+        logits = torch.empty(len(rows), self.config.vocab_size) if self.has_head else None
+        embeddings = None if self.has_head else self._embed(tokens).float().contiguous()
         if visible is not None:
             visible = visible.contiguous()
         step = Step(
-            rows,
-            embeddings.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
+            b,
+            s,
+            tokens.data_ptr() if self.has_head else None,
+            None if embeddings is None else embeddings.data_ptr(),
+            rotary.data_ptr(),
+            rotary.data_ptr() + rotary[0].numel() * 4,
             keys.data_ptr(),
             values.data_ptr(),
             *keys.stride()[:3],
             CACHE_TYPES[keys.dtype],
-            0,
             length,
             None if visible is None else visible.data_ptr(),
-            0 if visible is None else visible.stride(0),
+            0 if visible is None else visible.stride(-2),
+            rows.data_ptr(),
+            len(rows),
             normed.data_ptr(),
             None if logits is None else logits.data_ptr(),
         )
-        if self._library.glm_step(ctypes.byref(self._network), ctypes.byref(step), torch.get_num_threads()):
-            raise MemoryError("there is no memory for a decode step")
+        if self._library.glm_step(ctypes.byref(self._network), ctypes.byref(step), self.threads):
+            raise MemoryError("there is no memory for this pass")
         return normed if logits is None else logits

@@ -1,0 +1,382 @@
+"""Quantized decoding on a CPU beside llama.cpp and transformers: tokens a second, bytes a second, accuracy.
+
+    pip install llama-cpp-python gguf transformers
+    python benchmarks/cpu_decode.py [--models 335m 1.3b] [--threads 2] [--rounds 5] [--json FILE]
+
+Every contestant is a process of its own that waits until it is asked; they are asked in turn, in an order that changes from
+round to round, and figures are medians of the rounds. llama.cpp runs a Llama of the closest shape (same layers, hidden and
+inner width, heads, vocabulary, tied head) with random weights, all matrices and the head in one type: Q4_0 and Q8_0 have
+groups of 32 with float16 scales, as ours have here. Both keep a float16 cache, and the argmax of the logits is in the time.
+Leaner formats and batches have rows of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONTEXT, TOKENS, PREFILL = 64, 48, 512
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contestants: each answers one line of JSON for one line that names a task
+
+
+class Ours:
+    """The engine over a network of random codes."""
+
+    def __init__(self, model: str, bits: int, group: int | None) -> None:
+        import torch
+
+        from openglm.config import ModelConfig, QuantizationScheme
+        from openglm.inference.engine import Engine
+        from openglm.quantization.random_weights import random_network
+
+        torch.set_num_threads(int(os.environ["THREADS"]))
+        scheme = QuantizationScheme(bits, group, head_bits=bits)
+        config = ModelConfig.preset(model, quantization=scheme)
+        self.engine = Engine(random_network(config))
+        if self.engine.kernel is None:
+            raise SystemExit(f"error: {self.engine.notes}")
+        self.bytes = sum(
+            matrix.nbytes
+            for module in self.engine.network.modules()
+            if (matrix := getattr(module, "matrix", None) or getattr(module, "weight", None)) is not None
+            and type(matrix).__name__ == "PanelMatrix"
+        )
+
+    def _prompt(self, length: int) -> Any:
+        from openglm.infilling import unidirectional_prompt
+
+        special = self.engine.config.special_tokens
+        return unidirectional_prompt([20 + i % 1000 for i in range(length)], special)
+
+    def decode(self, batch: int) -> float:
+        decoding = self.engine.prefill([self._prompt(CONTEXT)] * batch, TOKENS + 1)
+        start = time.perf_counter()
+        for _ in range(TOKENS):
+            decoding.append(decoding.logits.argmax(-1))
+        return batch * TOKENS / (time.perf_counter() - start)
+
+    def prefill(self) -> float:
+        prompt = self._prompt(PREFILL)
+        start = time.perf_counter()
+        self.engine.prefill([prompt], 1).logits.argmax(-1)
+        return PREFILL / (time.perf_counter() - start)
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python's binding of its C interface."""
+
+    def __init__(self, model: str, kind: str) -> None:
+        import ctypes
+
+        import llama_cpp
+
+        from openglm.config import ModelConfig
+
+        self.api, threads = llama_cpp, int(os.environ["THREADS"])
+        config = ModelConfig.preset(model)
+        self.vocabulary = config.vocab_size
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            self.bytes = write_gguf(path, config, kind)
+            llama_cpp.llama_log_set(_silent(llama_cpp), ctypes.c_void_p())
+            llama_cpp.llama_backend_init()
+            parameters = llama_cpp.llama_model_default_params()
+            parameters.use_mmap = False  # so that its repacked kernels are used
+            self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = 8 * (PREFILL + 64), PREFILL, PREFILL
+        settings.n_seq_max, settings.n_threads, settings.n_threads_batch = 8, threads, threads
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+
+    def _run(self, tokens: list[list[int]], position: int) -> np.ndarray:
+        """Tokens of each sequence from a position on; logits of each sequence's last."""
+        api, total = self.api, sum(map(len, tokens))
+        batch = api.llama_batch_init(total, 0, 1)
+        batch.n_tokens = total
+        index = 0
+        for sequence, own in enumerate(tokens):
+            for offset, token in enumerate(own):
+                batch.token[index], batch.pos[index] = token, position + offset
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
+                batch.logits[index] = offset == len(own) - 1
+                index += 1
+        if api.llama_decode(self.context, batch):
+            raise SystemExit("error: llama_decode failed")
+        ends = np.cumsum([len(own) for own in tokens]) - 1
+        rows = [np.ctypeslib.as_array(api.llama_get_logits_ith(self.context, int(i)), (self.vocabulary,)) for i in ends]
+        result = np.stack(rows).argmax(-1)
+        api.llama_batch_free(batch)
+        return result
+
+    def decode(self, batch: int) -> float:
+        self._clear()
+        last = self._run([[20 + i % 1000 for i in range(CONTEXT)]] * batch, 0)
+        start = time.perf_counter()
+        for step in range(TOKENS):
+            last = self._run([[int(token)] for token in last], CONTEXT + step)
+        return batch * TOKENS / (time.perf_counter() - start)
+
+    def prefill(self) -> float:
+        self._clear()
+        tokens = [20 + i % 1000 for i in range(PREFILL)]
+        start = time.perf_counter()
+        self._run([tokens], 0)
+        return PREFILL / (time.perf_counter() - start)
+
+    def _clear(self) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+
+
+def _silent(api: Any) -> Any:
+    LlamaCpp.log = api.llama_log_callback(lambda level, text, data: None)  # kept: C holds only its address
+    return LlamaCpp.log
+
+
+def write_gguf(path: Path, config: Any, kind: str) -> int:
+    """A Llama of the shape with random weights of one type; returns the bytes of its matrices."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_sequence_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.inner_hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    quantization = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quantization]
+    draw = np.random.default_rng(0)
+    total = 0
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        nonlocal total
+        data = draw.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
+        data[:, :, :2] = np.frombuffer(np.float16(0.02 / 8 if kind == "Q4_0" else 0.02 / 70).tobytes(), np.uint8)
+        total += data.nbytes
+        writer.add_tensor(name, data.reshape(rows, -1), raw_dtype=quantization)
+
+    hidden, inner = config.hidden_size, config.inner_hidden_size
+    matrix("token_embd.weight", config.vocab_size, hidden)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    for n in range(config.num_layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            matrix(f"blk.{n}.{name}.weight", hidden, hidden)
+        matrix(f"blk.{n}.ffn_gate.weight", inner, hidden)
+        matrix(f"blk.{n}.ffn_up.weight", inner, hidden)
+        matrix(f"blk.{n}.ffn_down.weight", hidden, inner)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{n}.{name}.weight", np.ones(hidden, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return total
+
+
+class Transformers:
+    """transformers' own generate on a Llama of the shape, bfloat16."""
+
+    def __init__(self, model: str) -> None:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from openglm.config import ModelConfig
+
+        torch.set_num_threads(int(os.environ["THREADS"]))
+        config = ModelConfig.preset(model)
+        shape = LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.inner_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        self.network = LlamaForCausalLM(shape).to(torch.bfloat16).eval()
+        self.bytes = sum(p.numel() * 2 for p in self.network.parameters())
+
+    def decode(self, batch: int) -> float:
+        import torch
+
+        ids = torch.arange(20, 20 + CONTEXT).repeat(batch, 1)
+        times = []
+        for count in (1, TOKENS + 1):
+            start = time.perf_counter()
+            self.network.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+            times.append(time.perf_counter() - start)
+        return batch * TOKENS / (times[1] - times[0])
+
+    def prefill(self) -> float:
+        import torch
+
+        ids = torch.arange(20, 20 + PREFILL)[None]
+        start = time.perf_counter()
+        with torch.inference_mode():
+            self.network(ids, logits_to_keep=1)
+        return PREFILL / (time.perf_counter() - start)
+
+
+class Bandwidth:
+    """How fast the memory is read, by as many threads."""
+
+    bytes = 0
+
+    def decode(self, batch: int) -> float:
+        from openglm.kernels.cpu.library import read_bandwidth
+
+        return read_bandwidth(threads=int(os.environ["THREADS"]))
+
+
+def serve(name: str, arguments: list[str]) -> None:
+    """One contestant: build it, then answer."""
+    kinds = {"ours": Ours, "llama.cpp": LlamaCpp, "transformers": Transformers, "bandwidth": Bandwidth}
+    values = [None if a == "None" else int(a) if a.isdigit() else a for a in arguments]
+    contestant = kinds[name](*values)  # pyright: ignore[reportArgumentType]
+    print(json.dumps(contestant.bytes), flush=True)
+    for line in sys.stdin:
+        task, *given = line.split()
+        print(json.dumps(getattr(contestant, task)(*map(int, given))), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A contestant in a process of its own."""
+
+    def __init__(self, name: str, *arguments: Any, threads: int) -> None:
+        command = [sys.executable, __file__, "--serve", name, *map(str, arguments)]
+        environment = {**os.environ, "THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "0"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        self.bytes = json.loads(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: `{' '.join(map(str, self.process.args))}` ended")  # pyright: ignore[reportArgumentType]
+        return line
+
+    def ask(self, task: str) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(task + "\n")
+        self.process.stdin.flush()
+        return json.loads(self._line())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def contest(contestants: dict[str, Process], task: str, rounds: int) -> dict[str, float]:
+    """Medians, after one round that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for number in range(rounds + 1):
+        random.Random(number).shuffle(names)
+        for name in names:
+            value = contestants[name].ask(task if name != "bandwidth" else "decode 1")
+            if number:
+                found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def measure(model: str, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """All comparisons of one model."""
+    rows = []
+
+    def compare(title: str, ours: tuple[int, int | None], other: tuple[str, ...], tasks: list[str]) -> None:
+        contestants = {
+            "ours": Process("ours", model, *ours, threads=threads),
+            other[0]: Process(other[0], model, *other[1:], threads=threads),
+            "bandwidth": Process("bandwidth", threads=threads),
+        }
+        for task in tasks:
+            found = contest(contestants, task, rounds)
+            row = {
+                "model": model,
+                "ours": title,
+                "against": " ".join(other),
+                "task": task,
+                "ours_tokens_per_second": round(found["ours"], 2),
+                "other_tokens_per_second": round(found[other[0]], 2),
+                "ratio": round(found["ours"] / found[other[0]], 3),
+                "ours_bytes": contestants["ours"].bytes,
+                "other_bytes": contestants[other[0]].bytes,
+                "read_bandwidth": round(found["bandwidth"] / 1e9, 2),
+            }
+            if task == "decode 1":
+                row["of_bandwidth"] = round(found["ours"] * row["ours_bytes"] / found["bandwidth"], 3)
+            rows.append(row)
+            print(
+                f"{model:5} {title:22} against {row['against']:15} {task:9} {row['ours_tokens_per_second']:8.1f} "
+                f"{row['other_tokens_per_second']:8.1f}  {row['ratio']:5.2f}x"
+                + (f"  {row['of_bandwidth']:.0%} of {row['read_bandwidth']:.1f} GB/s" if "of_bandwidth" in row else ""),
+                flush=True,
+            )
+        for process in contestants.values():
+            process.close()
+
+    small = model == "335m"
+    compare("INT4, groups of 32", (4, 32), ("llama.cpp", "Q4_0"), ["decode 1"])
+    compare("INT8, groups of 32", (8, 32), ("llama.cpp", "Q8_0"), ["decode 1", "prefill"])
+    compare("INT4, groups of 128", (4, 128), ("llama.cpp", "Q4_0"), ["decode 1", "decode 8", "prefill"])
+    if small:
+        compare("INT8, groups of 128", (8, 128), ("llama.cpp", "Q8_0"), ["decode 1", "decode 8", "prefill"])
+        compare("INT4, one scale a row", (4, None), ("llama.cpp", "Q4_0"), ["decode 1"])
+        compare("INT8, one scale a row", (8, None), ("llama.cpp", "Q8_0"), ["decode 1"])
+        compare("INT4, groups of 128", (4, 128), ("transformers",), ["decode 1", "prefill"])
+    return rows
+
+
+def main() -> None:
+    """Run what was asked for."""
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], sys.argv[3:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["335m", "1.3b"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--machine", default="")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = [row for model in args.models for row in measure(model, args.threads, args.rounds)]
+    if args.json:
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "machine": args.machine,
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
