@@ -259,6 +259,8 @@ class ModelConfig:
         values["learned_masks"] = list(self.learned_masks)
         if self.quantization is None:
             del values["quantization"]
+        elif self.quantization.head_bits is None:
+            del values["quantization"]["head_bits"]
         return values
 
 
