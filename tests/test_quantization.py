@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from openglm.config import QUANTIZATION_GROUPS as GROUPS
-from openglm.config import ModelConfig
+from openglm.config import QUANTIZED_MATRICES, ModelConfig
 from openglm.config import QuantizationScheme as Scheme
 from openglm.errors import ConfigError
 from openglm.models.glm130b import GLM130B
 from openglm.quantization.functional import Quantized, linear, pack, quantize_matrix, unpack
-from openglm.quantization.layers import MATRICES, QuantizedLinear, quantize
+from openglm.quantization.layers import QuantizedLinear, quantize
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def logits(network: GLM130B) -> torch.Tensor:
 def test_a_quantized_network_is_the_network_of_the_dequantized_weights(bits: int, group: int | None) -> None:
     network, twin_ = GLM130B(CONFIG).initialize(2), GLM130B(CONFIG).initialize(2)
     errors = quantize(network, Scheme(bits, group))
-    assert [error.name for error in errors] == [f"layers.{n}.{name}" for n in range(2) for name in MATRICES]
+    assert [error.name for error in errors] == [f"layers.{n}.{name}" for n in range(2) for name in QUANTIZED_MATRICES]
     plain = 0
     for error in errors:
         module, other = network.get_submodule(error.name), twin_.get_submodule(error.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from openglm.checkpoints import load_network, network_from_state, open_model, open_released, save_released
 from openglm.checkpoints.layout import expected_shapes
-from openglm.config import RELEASED_SPECIAL_TOKENS, ModelConfig
+from openglm.checkpoints.loading import convert_source
+from openglm.config import QUANTIZED_MATRICES, RELEASED_SPECIAL_TOKENS, ModelConfig, QuantizationScheme
 from openglm.errors import CheckpointError, ConfigError, InputError
-from openglm.models.glm130b import GLM130B
+from openglm.models.glm130b import GLM130B, RotaryTable
+from openglm.quantization.functional import pack, quantize_matrix
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=8, inner_hidden_size=24, vocab_size=48)
 
@@ -90,10 +93,70 @@ def test_golden_half_precision(shared: Path) -> None:
     assert (logits.float() - golden["tp1/half/logits"].float()).abs().max() < 0.15
 
 
-@pytest.mark.parametrize("name", ["tp4-int8", "tp8-int4"])
-def test_quantized_checkpoints_are_refused(shared: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="quantized checkpoints are not read yet"):
-        open_model(shared / "golden/checkpoint" / name)
+@pytest.mark.parametrize(("name", "bits", "ranks"), [("tp4-int8", 8, 4), ("tp8-int4", 4, 8)])
+@pytest.mark.parametrize("table", ["float16", "float32"])
+def test_golden_quantized_shards(shared: Path, tmp_path: Path, name: str, bits: int, ranks: int, table: str) -> None:
+    golden = load_file(shared / "golden/checkpoint/logits.safetensors")
+    source = open_model(shared / "golden/checkpoint" / name)
+    assert source.config.quantization == QuantizationScheme(bits, ranks=ranks)
+    convert_source(source, tmp_path / "ours", dtype=None)
+    converted = open_model(tmp_path / "ours")
+    assert converted.config == source.config
+    for each in (source, converted):
+        network = load_network(each, "float32")
+        network.rotary = RotaryTable(source.config.head_size, table)
+        with torch.no_grad():
+            logits = network(
+                golden["input_ids"].long(),
+                golden["position_ids"].long(),
+                ~golden["attention_mask_true_is_hidden"].squeeze(1),
+            )
+        recorded = golden[f"{name}/{table}/logits"]
+        assert (logits - recorded).abs().max() <= 1e-5 * recorded.abs().max()
+
+
+def quantized_shards(folder: Path, bits: int, ranks: int) -> dict[str, torch.Tensor]:
+    """A released folder as the original's tool quantizes it, after the split; returns whole dequantized weights."""
+    tensors = random_tensors(CONFIG)
+    save_released(folder, CONFIG, tensors, tensor_parallel=ranks, iteration=7)
+    parts: dict[str, list[torch.Tensor]] = {}
+    for rank in range(ranks):
+
+        def quantize(module: dict) -> None:
+            for name in [name for name in module if name.removesuffix(".weight").endswith(QUANTIZED_MATRICES)]:
+                made = quantize_matrix(module[name], QuantizationScheme(bits))
+                module[name] = made.codes if bits == 8 else pack(made.codes)
+                module[name + "_scale"] = made.scales.squeeze(1)
+                parts.setdefault(name.removeprefix("transformer."), []).append(made.dequantize())
+
+        edit(shard(folder, rank), quantize)
+    whole = {}
+    for name, own in parts.items():
+        if "dense_h_to_4h" in name:
+            whole[name] = torch.cat([part.chunk(2)[half] for half in (0, 1) for part in own])
+        else:
+            whole[name] = torch.cat(own, dim=0 if "query_key_value" in name else 1)
+    return whole
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_quantized_shards_are_joined_without_loss(tmp_path: Path, bits: int, ranks: int) -> None:
+    whole = quantized_shards(tmp_path / "m", bits, ranks)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG.to_dict() | {"quantization_bits": bits}))
+    network = load_network(open_model(tmp_path / "m"), "float32")
+    for name, weight in whole.items():
+        module = network.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(module.weight.dequantize(), weight), name
+    convert_source(open_model(tmp_path / "m"), tmp_path / "ours", dtype=None)
+    again = load_network(open_model(tmp_path / "ours"), "float32")
+    for name, buffer in network.named_buffers():
+        assert torch.equal(again.get_buffer(name), buffer)
+    with pytest.raises(ConfigError, match="quantized already"):
+        convert_source(open_model(tmp_path / "m"), tmp_path / "twice", scheme=QuantizationScheme(8))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG.to_dict() | {"quantization_bits": 12 - bits}))
+    with pytest.raises(CheckpointError, match=rf"says {12 - bits} bits, but the shards hold {bits} bits"):
+        open_model(tmp_path / "m")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -228,7 +291,7 @@ def test_a_wrong_type_names_file_and_key(folder: Path) -> None:
     edit(shard(folder, 1), lambda module: module.update({name: module[name].long()}))
     refuse(folder, "mp_rank_01_model_states.pt", name, "LongStorage")
     edit(shard(folder, 1), lambda module: module.update({name: module[name].to(torch.int8)}))
-    refuse(folder, "mp_rank_01_model_states.pt", "quantized")
+    refuse(folder, "mp_rank_01_model_states.pt", name, "int8")
 
 
 def test_a_configuration_of_another_size(folder: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ MASK_KINDS = ("[MASK]", "[gMASK]", "[sMASK]")
 REQUIRED_SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "eos")
 
 
+#: The matrices of a layer that are quantized (SPEC 6.1), and those whose columns tensor parallelism splits.
+QUANTIZED_MATRICES = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+COLUMN_SPLIT = ("attention.dense", "mlp.dense_4h_to_h")
+
 #: What weights can be quantized to: bits, and columns that share a scale.
 QUANTIZED_BITS = (8, 4)
 QUANTIZATION_GROUPS = (32, 64, 128)
@@ -61,6 +65,9 @@ class QuantizationScheme:
     """Search the end of each range for the least squared error of the weights; needs no data."""
     head_bits: int | None = None
     """Of the embedding, which is also the head; None = it stays as it is, as in the original."""
+    ranks: int = 1
+    """The original quantizes after its tensor-parallel split (SPEC 6.5): matrices whose columns are split then have a scale
+    for each row and rank. For models imported from it."""
 
     def __post_init__(self) -> None:
         for key, bits in (("bits", self.bits), ("head_bits", self.head_bits)):
@@ -73,8 +80,14 @@ class QuantizationScheme:
                 key="group",
             )
 
+        if not isinstance(self.ranks, int) or isinstance(self.ranks, bool) or self.ranks < 1:
+            raise ConfigError(f"`ranks` must be at least 1, not {self.ranks!r}", key="ranks")
+        if self.ranks > 1 and self.group is not None:
+            raise ConfigError("`ranks` belong to one scale a row, not to groups", key="ranks")
+
     def __str__(self) -> str:
         group = "one scale a row" if self.group is None else f"groups of {self.group}"
+        group += f" and rank ({self.ranks})" if self.ranks > 1 else ""
         extras = (", zero points" if self.zero_point else "") + (", clipped" if self.clip else "")
         head = f", head in {self.head_bits} bits" if self.head_bits else ""
         return f"{self.bits} bits, {group}{extras}{head}"
@@ -87,7 +100,9 @@ class QuantizationScheme:
     def columns(self, width: int) -> int:
         """Columns that share a scale in rows of ``width``. Raises ``ConfigError`` if the groups do not divide them."""
         if self.group is None:
-            return width
+            if width % self.ranks:
+                raise ConfigError(f"rows of {width} weights cannot be divided over {self.ranks} ranks", key="ranks")
+            return width // self.ranks
         if width % self.group:
             raise ConfigError(
                 f"rows of {width} weights cannot be divided into groups of {self.group}",
@@ -96,10 +111,14 @@ class QuantizationScheme:
             )
         return self.group
 
-    @property
-    def head(self) -> QuantizationScheme | None:
-        """The embedding's own scheme; None = it is not quantized."""
-        return None if self.head_bits is None else dataclasses.replace(self, bits=self.head_bits, head_bits=None)
+    def for_matrix(self, name: str) -> QuantizationScheme | None:
+        """How one matrix of the network is stored, by its name without ``.weight``; None = not quantized."""
+        if name == "word_embeddings":
+            bits = self.head_bits
+            return None if bits is None else dataclasses.replace(self, bits=bits, head_bits=None, ranks=1)
+        if not name.endswith(QUANTIZED_MATRICES):
+            return None
+        return dataclasses.replace(self, head_bits=None, ranks=self.ranks if name.endswith(COLUMN_SPLIT) else 1)
 
     @classmethod
     def from_dict(cls, values: Any) -> QuantizationScheme:
@@ -236,8 +255,8 @@ class ModelConfig:
         return cls(**values)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> ModelConfig:
-        """Read a ``config.json``; keys that describe the file rather than the network are skipped."""
+    def from_json(cls, path: str | Path, ignore: Sequence[str] = ()) -> ModelConfig:
+        """Read a ``config.json``; keys that describe the file rather than the network are skipped, as are those to ignore."""
         path = Path(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -247,7 +266,7 @@ class ModelConfig:
             raise ConfigError(f"`{path}` is not valid JSON: {error}", path=path) from error
         if not isinstance(values, dict):
             raise ConfigError(f"`{path}` holds no JSON object", path=path)
-        values = {key: value for key, value in values.items() if key not in FILE_KEYS}
+        values = {key: value for key, value in values.items() if key not in (*FILE_KEYS, *ignore)}
         try:
             return cls.from_dict(values)
         except ConfigError as error:
@@ -259,10 +278,15 @@ class ModelConfig:
         values["learned_masks"] = list(self.learned_masks)
         if self.quantization is None:
             del values["quantization"]
-        elif self.quantization.head_bits is None:
-            del values["quantization"]["head_bits"]
+        else:  # what is not used is not named
+            values["quantization"] = {
+                key: value for key, value in values["quantization"].items() if (key, value) not in _UNUSED_IN_FILES
+            }
         return values
 
+
+#: Keys of a scheme that stand in no file while they have these values.
+_UNUSED_IN_FILES = (("head_bits", None), ("ranks", 1))
 
 #: Keys of a model folder's config.json that are not the network's.
 FILE_KEYS = ("format_version", "model_type", "dtype", "tokenizer")

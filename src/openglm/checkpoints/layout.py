@@ -12,12 +12,6 @@ from openglm.errors import InputError
 #: The released names begin with it; ours do not.
 PREFIX = "transformer."
 
-#: The embedding, which is also the head.
-EMBEDDING = "word_embeddings.weight"
-
-#: How the names of the matrices end that quantization stores as codes (SPEC 6.1).
-MATRICES = ("query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight")
-
 #: Precisions of a checkpoint's tensors, by the name that stands in config.json.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,9 +44,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, Expected]:
 
 def scheme_of(name: str, scheme: QuantizationScheme | None) -> QuantizationScheme | None:
     """How a tensor is quantized in a model of a scheme; None = it is not."""
-    if scheme is None or name == EMBEDDING:
-        return scheme and scheme.head
-    return scheme if name.endswith(MATRICES) else None
+    return None if scheme is None or not name.endswith(".weight") else scheme.for_matrix(name.removesuffix(".weight"))
 
 
 def quantized_parts(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[str, Expected]:
@@ -83,7 +75,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.dense_4h_to_h.weight": (h, i),
         "mlp.dense_4h_to_h.bias": (h,),
     }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, h)}
+    shapes: dict[str, tuple[int, ...]] = {"word_embeddings.weight": (config.vocab_size, h)}
     for number in range(config.num_layers):
         shapes.update({f"layers.{number}.{name}": shape for name, shape in layer.items()})
     shapes["final_layernorm.weight"] = shapes["final_layernorm.bias"] = (h,)

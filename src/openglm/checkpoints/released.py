@@ -1,5 +1,8 @@
 """Import of the released layout of GLM-130B (SPEC 4): any tensor-parallel degree, joined tensor by tensor.
 
+Quantized shards (SPEC 6.5) keep their codes and scales: each rank's part was quantized by itself, so a matrix whose columns
+are split has a scale for each row and rank.
+
 latest                                   the iteration, "49300" in the release
 49300/mp_rank_00_model_states.pt, ...    one file per tensor-parallel rank
 config.json                              our addition, optional: the configuration
@@ -18,10 +21,10 @@ import torch
 from torch import Tensor
 
 from openglm.checkpoints.format import CONFIG_FILE, read_json
-from openglm.checkpoints.layout import PREFIX, dtype_name, expected_shapes, plain_name
+from openglm.checkpoints.layout import PREFIX, dtype_name, expected_shapes, expected_tensors, plain_name
 from openglm.checkpoints.pickle_reader import Placeholder
 from openglm.checkpoints.torch_file import StoredTensor, read_module
-from openglm.config import OWN_SPECIAL_TOKENS, RELEASED_SPECIAL_TOKENS, ModelConfig
+from openglm.config import OWN_SPECIAL_TOKENS, RELEASED_SPECIAL_TOKENS, ModelConfig, QuantizationScheme
 from openglm.errors import CheckpointError, ConfigError, InputError
 from openglm.storage import atomic_folder
 
@@ -60,7 +63,7 @@ class ReleasedCheckpoint:
         self.tokenizer_path = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
         self.dtype = dtype_name(modules[0]["word_embeddings.weight"].dtype)
         self._modules = modules
-        self._shapes = expected_shapes(config)
+        self._expected = expected_tensors(config)
 
     @property
     def tensor_parallel(self) -> int:
@@ -69,26 +72,37 @@ class ReleasedCheckpoint:
 
     def names(self) -> list[str]:
         """Names of the tensors, without ``transformer.``, in the network's order."""
-        return list(self._shapes)
+        return list(self._expected)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its stored dtype, in memory of its own. Raises ``CheckpointError`` for an unknown name."""
-        if name not in self._shapes:
+        if name not in self._expected:
             raise CheckpointError(f"`{self.folder}` has no tensor `{name}`", path=self.folder, key=name)
-        first = self._modules[0][name]
-        if self.tensor_parallel == 1 or _split(name) is None:
-            return first.read()
-        whole = torch.empty(self._shapes[name], dtype=first.dtype)
+        stored = _stored_name(name)
+        first = self._modules[0][stored]
+        if self.tensor_parallel == 1 or _split(stored) is None:
+            whole = first.read()
+            return whole.unsqueeze(1) if name.endswith(".scales") else whole
+        shape = self._expected[name].shape
+        whole = torch.empty(shape, dtype=first.dtype)
         for rank, module in enumerate(self._modules):
-            part = module[name].read()
-            dim, starts, length = _pieces(name, self._shapes[name], self.tensor_parallel, rank)
+            part = module[stored].read()
+            if part.dim() < len(shape):  # scales: one a row, of this rank
+                part = part.unsqueeze(1)
+            dim, starts, length = _pieces(stored, shape, self.tensor_parallel, rank)
             for number, start in enumerate(starts):
                 whole.narrow(dim, start, length).copy_(part.narrow(dim, number * length, length))
         return whole
 
 
+def _stored_name(name: str) -> str:
+    """The shards' own name of a tensor: codes lie there as the weight, scales as ``weight_scale``."""
+    matrix, _, part = name.rpartition(".")
+    return {"codes": f"{matrix}.weight", "scales": f"{matrix}.weight_scale"}.get(part, name)
+
+
 def _split(name: str) -> str | None:
-    return _SPLITS.get(_LAYER.sub("", name, count=1))
+    return _SPLITS.get(_LAYER.sub("", name, count=1).removesuffix("_scale"))
 
 
 def _pieces(name: str, shape: tuple[int, ...], ranks: int, rank: int) -> tuple[int, list[int], int]:
@@ -105,6 +119,8 @@ def _pieces(name: str, shape: tuple[int, ...], ranks: int, rank: int) -> tuple[i
 
 def _shard_shape(name: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     split = _split(name)
+    if name.endswith("_scale"):  # one a row, also where the columns are split
+        return (shape[0],) if split == "columns" else (shape[0] // ranks,)
     if split is None:
         return shape
     return (shape[0], shape[1] // ranks) if split == "columns" else (shape[0] // ranks, *shape[1:])
@@ -167,18 +183,15 @@ def _missing_shard(states: Path, rank: int) -> CheckpointError:
 
 
 def _known_tensors(path: Path, module: Module) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The model's tensors by plain name, and the names of unknown ones. Refuses quantized shards."""
+    """The model's tensors by plain name, and the names of unknown ones."""
     known: dict[str, StoredTensor] = {}
     ignored: list[str] = []
     for full_name, tensor in module.items():
         name = plain_name(full_name)
         base = _LAYER.sub("", name, count=1)
-        quantized = isinstance(tensor, StoredTensor) and tensor.dtype == torch.int8 and _split(name)
-        if quantized or (base.endswith("_scale") and base.removesuffix("_scale") in _SPLITS):
-            raise CheckpointError(f"`{path}` is quantized; quantized checkpoints are not read yet", path=path, key=full_name)
         if base.endswith("inv_freq"):
             continue  # recomputed
-        if base in _KNOWN:
+        if base.removesuffix("_scale") in _KNOWN:
             if not isinstance(tensor, StoredTensor):
                 raise CheckpointError(
                     f"`{path}`: `{full_name}` is of `{tensor.what}`, expected floating point", path=path, key=full_name
@@ -207,6 +220,8 @@ def _check_count(paths: list[Path], first: Mapping[str, StoredTensor]) -> None:
     """The output projection of rank 0 tells how many ranks there were."""
     hidden = _require(paths[0], first, "final_layernorm.weight").shape
     dense = _require(paths[0], first, "layers.0.attention.dense.weight").shape
+    if len(dense) == 2 and _bits(first) == 4:
+        dense = (dense[0], 2 * dense[1])
     if len(hidden) != 1 or len(dense) != 2 or not dense[1] or hidden[0] % dense[1]:
         raise CheckpointError(
             f"`{paths[0]}`: `{PREFIX}layers.0.attention.dense.weight` has the shape {list(dense)}, "
@@ -225,6 +240,14 @@ def _check_count(paths: list[Path], first: Mapping[str, StoredTensor]) -> None:
         )
 
 
+def _bits(first: Mapping[str, StoredTensor]) -> int | None:
+    """Of quantized shards: two codes of 4 bits lie in a byte, so a row of the projection has half as many as it has inputs."""
+    weight, norm = first.get("layers.0.attention.query_key_value.weight"), first.get("final_layernorm.weight")
+    if weight is None or norm is None or weight.dtype != torch.int8 or len(weight.shape) != 2:
+        return None
+    return 4 if 2 * weight.shape[1] == norm.shape[0] else 8
+
+
 def _configuration(
     folder: Path,
     given: ModelConfig | Mapping[str, Any] | None,
@@ -233,23 +256,28 @@ def _configuration(
     ranks: int,
     notes: list[str],
 ) -> ModelConfig:
+    bits = _bits(first)
+    scheme = None if bits is None else QuantizationScheme(bits, ranks=ranks)
     if isinstance(given, ModelConfig):
-        return given
+        return dataclasses.replace(given, quantization=scheme)
     beside = folder / CONFIG_FILE
     if given is not None:
         said, config = set(given), ModelConfig.from_dict(given)
     elif beside.is_file():
         values = read_json(beside)
-        if values.get("quantization_bits"):
-            raise CheckpointError(f"`{beside}` says quantized; quantized checkpoints are not read yet", path=beside)
-        said, config = set(values), ModelConfig.from_json(beside)
+        said, config = set(values), ModelConfig.from_json(beside, ignore=("quantization_bits",))
+        named = values.get("quantization_bits") or (config.quantization.bits if config.quantization else None)
+        if named and named != bits:
+            raise CheckpointError(
+                f"`{beside}` says {named} bits, but the shards hold {f'{bits} bits' if bits else 'floating point'}", path=beside
+            )
     else:
         said, config = set[str](), _deduce(path, first, ranks, notes)
     if "rotary_dtype" not in said:
         config = dataclasses.replace(config, rotary_dtype="float16")
     if "special_tokens" not in said and config.vocab_size == RELEASED_VOCAB_SIZE:
         config = dataclasses.replace(config, special_tokens=RELEASED_SPECIAL_TOKENS)
-    return config
+    return dataclasses.replace(config, quantization=scheme)
 
 
 def _deduce(path: Path, first: Mapping[str, StoredTensor], ranks: int, notes: list[str]) -> ModelConfig:
@@ -270,7 +298,7 @@ def _deduce(path: Path, first: Mapping[str, StoredTensor], ranks: int, notes: li
         "num_layers": 1 + max(int(match[1]) for name in first if (match := _LAYER.match(name))),
         "hidden_size": hidden,
         "num_attention_heads": hidden // RELEASED_HEAD_SIZE,
-        "inner_hidden_size": size("layers.0.mlp.dense_4h_to_h.weight", 1) * ranks,
+        "inner_hidden_size": size("layers.0.mlp.dense_4h_to_h.weight", 1) * ranks * (2 if _bits(first) == 4 else 1),
         "vocab_size": size("word_embeddings.weight", 0) * ranks,
     }
     try:
@@ -298,10 +326,10 @@ def _check_shards(paths: list[Path], modules: list[dict[str, StoredTensor]], con
             raise CheckpointError(
                 f"`{paths[0].parent}` holds {ranks} shards, which do not divide `{key}` {value}", path=paths[0].parent, key=key
             )
-    shapes = expected_shapes(config)
+    wanted = {_stored_name(name): expected for name, expected in expected_tensors(config).items()}
     dtype = modules[0]["final_layernorm.weight"].dtype
     for path, module in zip(paths, modules, strict=True):
-        for name, shape in shapes.items():
+        for name, (shape, own) in wanted.items():
             found = _require(path, module, name)
             expected = _shard_shape(name, shape, ranks)
             if found.shape != expected:
@@ -314,14 +342,14 @@ def _check_shards(paths: list[Path], modules: list[dict[str, StoredTensor]], con
                     path=path,
                     key=PREFIX + name,
                 )
-            if found.dtype != dtype or dtype == torch.int8:
+            if found.dtype != (own or dtype) or dtype == torch.int8:
                 raise CheckpointError(
                     f"`{path}`: `{PREFIX}{name}` is {dtype_name(found.dtype)}, "
-                    f"expected {'floating point' if dtype == torch.int8 else dtype_name(dtype)}",
+                    f"expected {'floating point' if dtype == torch.int8 else dtype_name(own or dtype)}",
                     path=path,
                     key=PREFIX + name,
                 )
-        extra = [name for name in module if name not in shapes]
+        extra = [name for name in module if name not in wanted]
         if extra:
             raise CheckpointError(
                 f"`{path}` holds `{PREFIX}{extra[0]}`, beyond the {config.num_layers} layers of the configuration",

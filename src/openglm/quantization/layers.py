@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openglm.config import QuantizationScheme
+from openglm.config import QUANTIZED_MATRICES, QuantizationScheme
 from openglm.errors import ConfigError
 from openglm.kernels.cpu.library import why_not
 from openglm.kernels.cpu.panels import PANEL, PanelEmbedding, PanelLinear, PanelMatrix, panel_product
 from openglm.quantization.functional import Quantized, linear, pack, quantize_matrix, unpack
-
-#: The matrices of a layer that are quantized; embedding, norms and biases stay as they are (SPEC 6.1).
-MATRICES = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 #: Codes that are packed for the kernels at once.
 SLICE = 1 << 22
@@ -90,35 +87,40 @@ class QuantizedEmbedding(nn.Module):
 
 def place_quantized(network: Any, scheme: QuantizationScheme) -> None:
     """Put quantized layers without content in the places of a plain network's; a checkpoint then fills them."""
-    for name, module in _matrices(network):
-        _put(network, name, QuantizedLinear(_empty(module.out_features, module.in_features, scheme), scheme, module.bias))
-    if scheme.head is not None:
-        vocabulary, hidden = network.word_embeddings.weight.shape
-        _put_embedding(network, _empty(vocabulary, hidden, scheme.head), scheme.head)
+    for name, module, own in _matrices(network, scheme):
+        n, m = module.weight.shape
+        groups = (n, m // own.columns(m))
+        zeros = torch.empty(groups, dtype=torch.int8) if own.zero_point else None
+        empty = Quantized(torch.empty(n, m, dtype=torch.int8), torch.empty(groups, dtype=torch.float16), zeros)
+        _put_quantized(network, name, module, empty, own)
 
 
-def _empty(n: int, m: int, scheme: QuantizationScheme) -> Quantized:
-    groups = (n, m // scheme.columns(m))
-    zeros = torch.empty(groups, dtype=torch.int8) if scheme.zero_point else None
-    return Quantized(torch.empty(n, m, dtype=torch.int8), torch.empty(groups, dtype=torch.float16), zeros)
-
-
-def _put_embedding(network: Any, weight: Quantized, scheme: QuantizationScheme) -> None:
-    network.word_embeddings = QuantizedEmbedding(weight, scheme, network.final_layernorm)
-    network.vocabulary_product = linear
-
-
-def _matrices(network: Any) -> list[tuple[str, nn.Linear]]:
-    """Names and modules of the matrices that are quantized. Raises ``ConfigError`` if they are already."""
+def _matrices(network: Any, scheme: QuantizationScheme) -> list[tuple[str, nn.Linear | nn.Embedding, QuantizationScheme]]:
+    """Names, modules and schemes of the matrices to quantize. Raises ``ConfigError`` if they are already, or do not fit."""
     found = []
-    for number, layer in network.layers.items():
-        for own in MATRICES:
-            name, module = f"layers.{number}.{own}", layer.get_submodule(own)
-            if not isinstance(module, nn.Linear):
-                hint = "quantize the checkpoint that it was made from"
-                raise ConfigError(f"`{name}` is quantized already", hint=hint, key=name)
-            found.append((name, module))
+    names = [f"layers.{number}.{own}" for number in network.layers for own in QUANTIZED_MATRICES]
+    for name in ["word_embeddings", *names]:
+        own, module = scheme.for_matrix(name), network.get_submodule(name)
+        if own is None:
+            continue
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            hint = "quantize the checkpoint that it was made from"
+            raise ConfigError(f"`{name}` is quantized already", hint=hint, key=name)
+        own.columns(module.weight.shape[1])
+        found.append((name, module, own))
     return found
+
+
+def _put_quantized(
+    network: Any, name: str, module: nn.Linear | nn.Embedding, weight: Quantized, scheme: QuantizationScheme
+) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        made: nn.Module = QuantizedLinear(weight, scheme, module.bias)
+    else:
+        made = QuantizedEmbedding(weight, scheme, network.final_layernorm)
+        network.vocabulary_product = linear
+    _put(network, name, made)
+    return made
 
 
 def _put(network: nn.Module, name: str, module: nn.Module) -> None:
@@ -144,28 +146,16 @@ def quantize(network: Any, scheme: QuantizationScheme, done: Callable[[LayerErro
     Whatever a matrix needs is freed before the next, so the peak lies about one matrix above the network. Raises
     ``ConfigError`` for a network that is quantized already, and, before anything is changed, for groups that do not fit.
     """
-    found = _matrices(network)
-    for _, module in found:
-        scheme.columns(module.in_features)
     errors = []
-    if scheme.head is not None:
-        exact = network.word_embeddings.weight.detach()
-        made = quantize_matrix(exact, scheme.head)
-        _put_embedding(network, made, scheme.head)
-        errors.append(_error("word_embeddings", exact, made, network.word_embeddings))
-        done(errors[-1])
-    for name, module in found:
-        exact, made = module.weight.detach(), quantize_matrix(module.weight.detach(), scheme)
-        _put(network, name, QuantizedLinear(made, scheme, module.bias))
-        errors.append(_error(name, exact, made, network.get_submodule(name)))
+    for name, module, own in _matrices(network, scheme):
+        exact = module.weight.detach()
+        made = quantize_matrix(exact, own)
+        put = _put_quantized(network, name, module, made, own)
+        difference = (made.dequantize().float() - exact.float()).norm()
+        size = sum(buffer.numel() * buffer.element_size() for buffer in put.buffers())
+        errors.append(LayerError(name, float(difference / exact.float().norm().clamp(min=1e-30)), size))
         done(errors[-1])
     return errors
-
-
-def _error(name: str, exact: Tensor, made: Quantized, module: nn.Module) -> LayerError:
-    difference = (made.dequantize().float() - exact.float()).norm()
-    size = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-    return LayerError(name, float(difference / exact.float().norm().clamp(min=1e-30)), size)
 
 
 def use_panels(network: Any) -> str:
@@ -183,6 +173,8 @@ def use_panels(network: Any) -> str:
         return reason
     if any(module.zeros is not None for _, module in found):
         return "the CPU kernels know no zero points, so quantized layers run slowly"
+    if any(_columns(module) % 32 for _, module in found if module.scales.shape[1] > 1):
+        return "the CPU kernels need a multiple of 32 columns a scale, so quantized layers run slowly"
     for name, module in found:
         if isinstance(module, QuantizedEmbedding):
             network.word_embeddings = PanelEmbedding(_packed(module, None), module._like[0])
@@ -192,11 +184,16 @@ def use_panels(network: Any) -> str:
     return ""
 
 
+def _columns(module: QuantizedLinear | QuantizedEmbedding) -> int:
+    """Columns that share a scale."""
+    return module.codes.shape[1] * (2 if module.scheme.bits == 4 else 1) // module.scales.shape[1]
+
+
 def _packed(module: QuantizedLinear | QuantizedEmbedding, bias: Tensor | None, halves: int = 1) -> PanelMatrix:
     codes, scales, scheme = module.codes, module.scales, module.scheme
-    rows = len(scales)
-    columns = codes.shape[1] * (2 if scheme.bits == 4 else 1)
-    packed = PanelMatrix(rows, columns, scheme.bits, scheme.group, bias, halves)
+    rows, columns = len(scales), codes.shape[1] * (2 if scheme.bits == 4 else 1)
+    group = _columns(module) if scales.shape[1] > 1 else None
+    packed = PanelMatrix(rows, columns, scheme.bits, group, bias, halves)
     own, slices = rows // halves, max(SLICE // columns // PANEL, 1) * PANEL
     for half in range(0, rows, own):
         for first in range(half, half + own, slices):
