@@ -36,13 +36,13 @@ def train(preset: str, sequence: int, micro_batch: int, steps: int, precision: s
     from openglm.infilling import Batch
     from openglm.models.glm130b import GLM130B
     from openglm.training.model import MasterWeights
+    from openglm.training.optimizer import make_optimizer
     from openglm.training.recipe import Recipe
-    from openglm.training.step import make_optimizer
 
     config = ModelConfig.preset(preset) if preset != "tiny" else ModelConfig(2, 64, 1, 128, 512, 64)
     network = GLM130B(config).initialize(1)
     model = MasterWeights(network, precision)
-    optimizer = make_optimizer(model, Recipe())
+    optimizer = make_optimizer(model, Recipe().optimizer)
     for step in range(steps):
         batches = []
         for half in range(2):

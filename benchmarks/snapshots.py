@@ -24,10 +24,10 @@ import openglm
 from openglm.infilling import Batch, generation_sample
 from openglm.models.glm130b import GLM130B
 from openglm.training.model import MasterWeights
+from openglm.training.optimizer import make_optimizer
 from openglm.training.ranks import Ranks
 from openglm.training.recipe import read_recipe
 from openglm.training.snapshots import Progress, Snapshots
-from openglm.training.step import make_optimizer
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     recipe = read_recipe(args.recipe)
     config = recipe.model.config()
     model = MasterWeights(GLM130B(config).initialize(0).to(recipe.run.device), recipe.run.precision)
-    optimizer = make_optimizer(model, recipe)
+    optimizer = make_optimizer(model, recipe.optimizer)
     rng = np.random.default_rng(0)
     window = recipe.objectives.window
     rows = [

@@ -28,8 +28,8 @@ from openglm.config import PRESETS, ModelConfig
 from openglm.infilling import Batch, Layout, generation_sample, language_model_windows
 from openglm.models.glm130b import GLM130B
 from openglm.training.model import MasterWeights
+from openglm.training.optimizer import make_optimizer
 from openglm.training.recipe import Recipe
-from openglm.training.step import make_optimizer
 
 #: Shapes that fit a laptop: hidden, heads of 64, inner, layers, vocabulary.
 SMALL = {"10m": (256, 4, 704, 9, 8_192), "20m": (384, 6, 1_024, 10, 8_192), "30m": (448, 7, 1_216, 11, 16_384)}
@@ -110,7 +110,7 @@ class Ours:
             for layer in network.layers.values():
                 layer.__class__ = RecomputedLayer
         self.model = MasterWeights(network.to(device), precision, compile=compile)
-        self.optimizer = make_optimizer(self.model, Recipe())
+        self.optimizer = make_optimizer(self.model, Recipe().optimizer)
         self.batch = batch
         assert batch.targets is not None
         self.targets = int((batch.targets >= 0).sum())

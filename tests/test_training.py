@@ -200,8 +200,10 @@ def test_a_run_learns_and_its_checkpoint_opens(recipe, tmp_path):
     assert rows(tmp_path)[-1]["bits_per_byte"].keys() == {"en", "zh"}
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path):
-    train(recipe("run.samples=40"), tmp_path / "whole", log=lambda _: None)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path, optimizer):
+    chosen = recipe("run.samples=40", f"optimizer.name={optimizer}")
+    train(chosen, tmp_path / "whole", log=lambda _: None)
 
     class Stop(Exception):
         pass
@@ -211,9 +213,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        train(recipe("run.samples=40"), tmp_path / "halted", log=lambda _: None, watch=stop_at_step_5)
+        train(chosen, tmp_path / "halted", log=lambda _: None, watch=stop_at_step_5)
     said: list[str] = []
-    train(recipe("run.samples=40"), tmp_path / "halted", log=said.append)
+    train(chosen, tmp_path / "halted", log=said.append)
     assert any("resumed from `samples-0000000012`" in line for line in said)
     whole = {row["step"]: stable(row) for row in rows(tmp_path / "whole")}
     halted = {row["step"]: stable(row) for row in rows(tmp_path / "halted")}
@@ -291,6 +293,33 @@ def test_a_resumed_run_says_what_changed(recipe, tmp_path):
     train(recipe("run.samples=8", "optimizer.clip_norm=0.5"), tmp_path, log=said.append)
     assert "changed since then: optimizer.clip_norm: 1.0 -> 0.5" in said
     assert "changed since then: run.samples: 4 -> 8" in said
+
+
+def test_muon_moves_matrices_by_their_orthogonalized_momentum(recipe, prepared, tiny_tokenizer_path):
+    r = recipe("optimizer.name=muon", "optimizer.weight_decay=0", "optimizer.warmup_samples=1")
+    network = GLM130B(r.model.config()).initialize(3)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    trainer = Trainer(MasterWeights(network, "float32"), r, Ranks())
+    batch = make_batch(small_mixture(prepared, tiny_tokenizer_path), 16, 6, Rows(128))
+    rate = trainer.step(batch, Rows(128)).learning_rate
+    for name, parameter in network.named_parameters():
+        update = (parameter.detach() - before[name]) / rate
+        if name.startswith("layers.") and name.endswith(".weight") and "layernorm" not in name:
+            # All directions move alike, and by as much as AdamW would: 0.2 of the rate, in the mean over the numbers.
+            singular = torch.linalg.svdvals(update)
+            assert singular.max() < 3 * singular.median(), name
+            assert 0.1 < update.square().mean().sqrt() < 0.3, name
+        elif not name.endswith("bias"):
+            assert update.abs().max() < 1.1, name  # Adam's first step is the sign
+
+
+def test_a_run_may_change_its_optimizer(recipe, tmp_path):
+    train(recipe("run.samples=8"), tmp_path, log=lambda _: None)
+    for samples, name, old in ((16, "muon", "adamw"), (24, "adamw", "muon")):
+        said: list[str] = []
+        train(recipe(f"run.samples={samples}", f"optimizer.name={name}"), tmp_path, log=said.append)
+        assert f"changed since then: optimizer.name: {old} -> {name}" in said
+    assert rows(tmp_path)[-1]["samples"] == 24
 
 
 def test_a_run_starts_from_a_checkpoint(recipe, tmp_path):

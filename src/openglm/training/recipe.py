@@ -56,8 +56,10 @@ class DataSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """[optimizer]: AdamW (SPEC 9.1). All schedules count samples since the start of the run."""
+    """[optimizer]: AdamW (SPEC 9.1) or Muon. All schedules count samples since the start of the run."""
 
+    name: str = "adamw"
+    """"adamw", or "muon": orthogonalized momentum for the layers' matrices, AdamW for all else; in one process only."""
     learning_rate: float = 1e-3
     least_learning_rate: float = 1e-4
     first_learning_rate: float = 0.0
@@ -204,6 +206,7 @@ class Recipe:
         _require(0.1 <= self.objectives.mean_span <= 39, "objectives.mean_span", self.objectives.mean_span, "in 0.1..39")
         known = ("float32", "bfloat16", "float16")
         _require(self.run.precision in known, "run.precision", self.run.precision, "one of " + ", ".join(known))
+        _require(self.optimizer.name in ("adamw", "muon"), "optimizer.name", self.optimizer.name, '"adamw" or "muon"')
         _require(0 <= self.optimizer.learning_rate < 1, "optimizer.learning_rate", self.optimizer.learning_rate, "in 0..1")
         longest = max(self.objectives.window, self.objectives.long_window)
         _require(

@@ -1,6 +1,6 @@
 """Snapshots: the state of a run, to resume it. Whole or absent, with checksums; the newest that verifies is taken.
 
-    SNAPSHOT/tensors/     PyTorch's Distributed Checkpoint: float32 master weights and both moments, cut as the run was
+    SNAPSHOT/tensors/     PyTorch's Distributed Checkpoint: float32 master weights and the moments, cut as the run was
     SNAPSHOT/state.json   samples and tokens so far, loss scale, the recipe, and the SHA-256 of every file
 
 They load on any other layout: tensors are stored by their names in the network, and GeGLU's first matrix as pairs of
@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -32,11 +31,11 @@ from openglm.errors import CheckpointError, StorageError
 from openglm.parallel.tensor import is_paired
 from openglm.storage import atomic_folder, remove, sha256
 from openglm.training.model import MasterWeights, TrainingModel
+from openglm.training.optimizer import Optimizer, moments
 from openglm.training.ranks import Ranks
 
 FORMAT_VERSION = 2
 _NAME = re.compile(r"samples-(\d{10})")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Snapshots:
         self._pool = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
-    def save(self, model: TrainingModel, optimizer: torch.optim.Optimizer, progress: Progress, state: dict[str, Any]) -> None:
+    def save(self, model: TrainingModel, optimizer: Optimizer, progress: Progress, state: dict[str, Any]) -> None:
         """Begin ``samples-NNNNNNNNNN``; waits for the one before. ``state``: plain values that ``load`` returns."""
         self.wait()
         target = self.folder / f"samples-{progress.samples:010d}"
@@ -148,12 +147,16 @@ class Snapshots:
             for path in self.folder.glob(".samples-*.part"):
                 remove(path)
 
-    def load(self, path: Path, state: dict[str, Any], model: TrainingModel, optimizer: torch.optim.Optimizer) -> Progress:
+    def load(self, path: Path, state: dict[str, Any], model: TrainingModel, optimizer: Optimizer) -> Progress:
         """Put a snapshot's weights and moments in place. Raises ``CheckpointError`` if it is of another network."""
         tensors = _tensors(model, optimizer, saving=False)
         metadata = FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
-        for name, tensor in tensors.items():
+        for name, tensor in list(tensors.items()):
             stored = metadata.get(name)
+            kind, _, rest = name.partition("/")
+            if stored is None and kind == "optimizer" and f"weights/{rest.rpartition('/')[0]}" in metadata:
+                del tensors[name]  # the optimizer was changed: its moments begin at zero
+                continue
             if stored is None or tuple(getattr(stored, "size", ())) != tuple(tensor.shape):
                 raise CheckpointError(
                     f"the snapshot `{path}` is of another network: `{name.partition('/')[2]}` does not fit",
@@ -204,7 +207,7 @@ def _verified(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _tensors(model: TrainingModel, optimizer: torch.optim.Optimizer, *, saving: bool) -> dict[str, Tensor]:
+def _tensors(model: TrainingModel, optimizer: Optimizer, *, saving: bool) -> dict[str, Tensor]:
     """Name to tensor of all that a snapshot holds; the tensors themselves, so that loading fills them in place."""
     tensors: dict[str, Tensor] = {}
     plain = isinstance(model, MasterWeights)
@@ -212,10 +215,6 @@ def _tensors(model: TrainingModel, optimizer: torch.optim.Optimizer, *, saving: 
     for name, parameter in model.weights().items():
         if saving and name.startswith("word_embeddings") and not first:
             continue  # the last stage's copy of the tied matrix
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
         def shaped(tensor: Tensor, name: str = name) -> Tensor:
             if plain and tensor.dim() and is_paired(name):
@@ -223,6 +222,6 @@ def _tensors(model: TrainingModel, optimizer: torch.optim.Optimizer, *, saving: 
             return tensor
 
         tensors[f"weights/{name}"] = shaped(parameter.detach())
-        for key in _MOMENTS:
-            tensors[f"optimizer/{name}/{key}"] = shaped(state[key].detach())
+        for key, moment in moments(optimizer, parameter).items():
+            tensors[f"optimizer/{name}/{key}"] = shaped(moment)
     return tensors

@@ -14,6 +14,7 @@ from openglm.data.schedule import value_at
 from openglm.infilling import NO_TARGET
 from openglm.parallel.tensor import local
 from openglm.training.model import TrainingModel
+from openglm.training.optimizer import make_optimizer
 from openglm.training.ranks import Ranks
 from openglm.training.recipe import Recipe, learning_rate
 from openglm.training.scaler import LossScaler
@@ -47,27 +48,12 @@ class StepResult:
     """Norm of the update by group, where it was asked for."""
 
 
-def make_optimizer(model: TrainingModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (SPEC 9.1)."""
-    o = recipe.optimizer
-    weights = model.weights()
-    matrices = [p for name, p in weights.items() if not is_vector(name)]
-    vectors = [p for name, p in weights.items() if is_vector(name)]
-    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=o.learning_rate, betas=o.betas, eps=o.epsilon, fused=True)
-
-
-def is_vector(name: str) -> bool:
-    """True for biases and norms. By name, for a paired bias has two dimensions."""
-    return name.endswith(".bias") or "layernorm" in name
-
-
 class Trainer:
     """All that a step needs: the model, its optimizer, and the states of scaler and guard."""
 
     def __init__(self, model: TrainingModel, recipe: Recipe, ranks: Ranks, edits: Edits | None = None) -> None:
         self.model, self.recipe, self.ranks = model, recipe, ranks
-        self.optimizer = make_optimizer(model, recipe)
+        self.optimizer = make_optimizer(model, recipe.optimizer)
         self.scaler = LossScaler() if recipe.run.precision == "float16" else None
         self.guard = SpikeGuard(recipe.stability)
         self.edits = edits or Edits()
