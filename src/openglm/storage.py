@@ -87,6 +87,21 @@ def atomic_write(path: str | Path, mode: str = "wb", encoding: str | None = None
         raise
 
 
+def total_memory() -> int:
+    """Bytes of main memory that this process may use: the machine's, or those of its control group."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            size = min(size, int(Path(name).read_text()))
+    return size
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ``StorageError`` for a folder that holds something, or a file: what is there is never overwritten."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StorageError(f"`{path}` exists and is not empty", hint="choose another folder or remove it", path=path)
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Fill a folder under a temporary name; it gets its final name only when the block ends well.
@@ -96,8 +111,8 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     for a full or read-only disk.
     """
     path = Path(path)
-    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StorageError(f"`{path}` exists and is not empty", hint="choose another folder or remove it", path=path)
+    if not replace:
+        refuse_existing(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

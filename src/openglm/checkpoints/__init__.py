@@ -35,7 +35,7 @@ from openglm.checkpoints.loading import (
     resolve_device,
 )
 from openglm.checkpoints.released import ReleasedCheckpoint, open_released, save_released
-from openglm.config import ModelConfig
+from openglm.config import ModelConfig, QuantizationScheme
 from openglm.errors import CheckpointError, ModelNotFoundError
 
 __all__ = [
@@ -92,14 +92,23 @@ def convert(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     replace: bool = False,
     progress: Callable[[int, int], Any] | None = None,
+    scheme: QuantizationScheme | None = None,
 ) -> ModelSource:
     """Turn a model folder of any kind that is read here into our own format; returns the source with its notes.
 
-    Streams: memory holds one tensor. ``dtype`` None keeps the stored one; ``tokenizer`` None takes the source's own.
+    Streams: memory holds a slice of a tensor. ``dtype`` None keeps the stored one; ``tokenizer`` None takes the source's own;
+    ``scheme`` quantizes on the way.
     """
     opened = open_model(source, config)
     convert_source(
-        opened, target, dtype=dtype, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, replace=replace, progress=progress
+        opened,
+        target,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        max_shard_bytes=max_shard_bytes,
+        replace=replace,
+        progress=progress,
+        scheme=scheme,
     )
     return opened
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openglm.checkpoints.layout import DTYPES, Expected, dtype_name, expected_tensors, plain_name, resolve_dtype
+from openglm.checkpoints.torch_file import StoredTensor
 from openglm.config import ModelConfig
 from openglm.errors import CheckpointError, StorageError
 from openglm.storage import atomic_folder, sha256
@@ -60,6 +61,7 @@ class Checkpoint:
         self.tokenizer_path: Path | None = folder / name if name else None
         self._shards = shards
         self._open_files: dict[str, Any] = {}
+        self._places: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype, int]]] = {}
 
     def names(self) -> list[str]:
         """Names of the tensors, in the network's order."""
@@ -74,6 +76,16 @@ class Checkpoint:
             return self._file(path).get_tensor(name)
         except SafetensorError as error:
             raise _damaged(path, error) from error
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, read into memory of their own, not mapped."""
+        if name not in self._shards:
+            raise CheckpointError(f"`{self.folder}` has no tensor `{name}`", path=self.folder, key=name)
+        path = self.folder / self._shards[name]
+        if path.name not in self._places:
+            self._places[path.name] = _read_header(path)
+        shape, dtype, position = self._places[path.name][name]
+        return StoredTensor(path, dtype, shape, torch.empty(shape, device="meta").stride(), position).read_rows(start, stop)
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256. Raises ``CheckpointError`` naming the first damaged one."""
@@ -127,6 +139,24 @@ class Checkpoint:
                 )
 
 
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+    """Name to shape, dtype and first byte of the tensors of a shard."""
+    dtypes = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        return {
+            name: (tuple(entry["shape"]), dtypes[entry["dtype"]], 8 + size + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except OSError as error:
+        raise CheckpointError(f"cannot read `{path}`: {error.strerror}", path=path) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
 def check_shape(path: Path | None, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Raise ``CheckpointError`` naming file and tensor if a shape is not the expected one."""
     if found != expected:
@@ -137,9 +167,10 @@ def check_shape(path: Path | None, name: str, found: tuple[int, ...], expected: 
         )
 
 
-def check_tensor(name: str, tensor: Tensor, expected: Expected) -> None:
-    """Raise ``CheckpointError`` naming a tensor of another shape or kind than expected."""
-    check_shape(None, name, tuple(tensor.shape), expected.shape)
+def check_tensor(name: str, tensor: Tensor, expected: Expected, rows: tuple[int, int] | None = None) -> None:
+    """Raise ``CheckpointError`` naming a tensor, or some rows of it, of another shape or kind than expected."""
+    shape = expected.shape if rows is None else (rows[1] - rows[0], *expected.shape[1:])
+    check_shape(None, name, tuple(tensor.shape), shape)
     if not tensor.is_floating_point() if expected.dtype is None else tensor.dtype != expected.dtype:
         wanted = "floating point" if expected.dtype is None else dtype_name(expected.dtype)
         raise CheckpointError(f"`{name}` is {dtype_name(tensor.dtype)}, expected {wanted}", key=name)
@@ -187,7 +218,7 @@ def open_checkpoint(folder: str | Path, config: ModelConfig | None = None) -> Ch
 def save_checkpoint(
     folder: str | Path,
     config: ModelConfig,
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | tuple[str, int, Tensor]],
     *,
     tokenizer: SavableTokenizer | str | Path | None = None,
     dtype: str | torch.dtype | None = None,
@@ -196,8 +227,9 @@ def save_checkpoint(
 ) -> None:
     """Write a model folder; it appears whole under its name, or not at all.
 
-    ``tensors`` may come one by one and in any order (with or without ``transformer.``): each goes to its place in its
-    shard at once, so memory holds one of them. ``dtype`` None keeps that of the first tensor. ``tokenizer``: a
+    ``tensors`` may come one by one and in any order (with or without ``transformer.``), large ones in slices of their rows
+    (name, first row, rows): each goes to its place in its shard at once, so memory holds one of them. ``dtype`` None keeps
+    that of the first tensor. ``tokenizer``: a
     tokenizer, or the path of its file. ``replace`` swaps out an older checkpoint.
 
     Raises ``CheckpointError`` for a missing, unknown or misshaped tensor, or a value outside float16, and
@@ -218,40 +250,43 @@ def save_checkpoint(
 
 
 def _write_tensors(
-    folder: Path, config: ModelConfig, pairs: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, max_shard_bytes: int
+    folder: Path, config: ModelConfig, pairs: Iterator[Any], dtype: torch.dtype | None, max_shard_bytes: int
 ) -> torch.dtype:
     """Lay out the shards from the shapes alone, then put every tensor where it belongs. Returns the stored dtype."""
     expected = expected_tensors(config)
     places: dict[str, tuple[IO[bytes], int]] = {}
-    done: set[str] = set()
-    waiting: list[tuple[str, Tensor]] = []
+    rows_of: dict[str, int] = dict.fromkeys(expected, 0)  # that have come
+    waiting: list[tuple[str, int, Tensor]] = []
     files: list[IO[bytes]] = []
     try:
-        for name, tensor in pairs:
-            name = plain_name(name)
-            if name not in expected or name in done:
+        for given, *start, tensor in pairs:
+            name, first = plain_name(given), start[0] if start else 0
+            whole = expected[name].shape[0] if name in expected else 0
+            last = first + len(tensor) if start else whole
+            if name not in expected or last > whole or rows_of[name] + last - first > whole:
                 raise CheckpointError(
-                    f"the tensor `{name}` is given twice" if name in done else f"this model has no tensor `{name}`", key=name
+                    f"the tensor `{name}` is given twice" if name in expected else f"this model has no tensor `{name}`",
+                    key=name,
                 )
-            check_tensor(name, tensor, expected[name])
-            done.add(name)
-            waiting.append((name, tensor))
+            check_tensor(name, tensor, expected[name], (first, last))
+            rows_of[name] += last - first
+            waiting.append((name, first, tensor))
             if not places:
                 if dtype is None and expected[name].dtype is None:
                     dtype = resolve_dtype(tensor.dtype)
                 if dtype is None:  # codes say nothing of the other tensors' type
                     continue
                 places = _lay_out_shards(folder, expected, dtype, max_shard_bytes, files)
-            for each, own in waiting:
+            for each, row, own in waiting:
                 file, position = places[each]
-                file.seek(position)
                 stored = _stored(each, own, expected[each].dtype or dtype)  # pyright: ignore[reportArgumentType]
+                file.seek(position + row * (stored.nbytes // max(len(stored), 1)))
                 file.write(stored.view(-1).view(torch.uint8).numpy().data)
             waiting.clear()
     finally:
         for file in files:
             file.close()
-    missing = [name for name in expected if name not in done]
+    missing = [name for name, own in expected.items() if rows_of[name] < own.shape[0]]
     if missing or dtype is None:
         raise CheckpointError(f"the tensor `{missing[0]}` is missing", key=missing[0])
     return dtype

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from openglm.checkpoints.format import DEFAULT_SHARD_BYTES, SavableTokenizer, check_shape, check_tensor, save_checkpoint
-from openglm.checkpoints.layout import expected_tensors, plain_name, quantized_parts, resolve_dtype, scheme_of
+from openglm.checkpoints.layout import expected_tensors, plain_name, resolve_dtype, scheme_of
 from openglm.config import ModelConfig, QuantizationScheme
 from openglm.errors import CheckpointError, ConfigError, InputError
 from openglm.models.glm130b import GLM130B
@@ -21,7 +21,7 @@ from openglm.quantization.layers import LayerError, place_quantized
 
 Network = TypeVar("Network", bound=nn.Module)
 
-#: Weights of a matrix that are quantized at once.
+#: Numbers that are converted at once; quantizing needs some forty bytes for each.
 SLICE = 1 << 22
 
 
@@ -51,6 +51,10 @@ class ModelSource(Protocol):
         """One whole tensor in its stored dtype, on the CPU; the caller may keep it and write to it."""
         ...
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, in memory of their own."""
+        ...
+
 
 class StateSource:
     """Tensors that are in memory already, under original names with or without ``transformer.``; handed out as copies."""
@@ -76,6 +80,10 @@ class StateSource:
     def tensor(self, name: str) -> Tensor:
         """A copy of a tensor, so that training the network leaves the caller's tensors alone."""
         return self._tensors[name].detach().clone()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, in memory of their own."""
+        return self._tensors[name][start:stop].detach().clone()
 
 
 def load_into(
@@ -167,7 +175,7 @@ def convert_source(
     progress: Callable[[int, int], Any] | None = None,
     scheme: QuantizationScheme | None = None,
 ) -> list[LayerError]:
-    """Write a source as a folder of our own format, one tensor in memory at a time; see ``save_checkpoint``.
+    """Write a source as a folder of our own format, a slice of a tensor in memory at a time; see ``save_checkpoint``.
 
     ``tokenizer`` None takes the source's own. ``progress(done, total)`` is called after each tensor. ``scheme`` quantizes
     the layers' matrices on the way; what that did to each is returned. Raises ``ConfigError`` for a source that is
@@ -179,16 +187,20 @@ def convert_source(
             raise ConfigError("this model is quantized already", hint="take the one that it was made from", key="quantization")
         config = dataclasses.replace(config, quantization=scheme)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    shapes = expected_tensors(source.config)
+
+    def tensors() -> Iterator[tuple[str, int, Tensor]]:
         names = source.names()
         for done, name in enumerate(names, 1):
-            own = scheme_of(name, scheme)
+            own, slices = scheme_of(name, scheme), _slices(shapes[name].shape)
             if own is None:
-                yield name, source.tensor(name)
+                for start, stop in slices:
+                    yield name, start, source.rows(name, start, stop)
             else:
-                parts, error = _quantized(name.removesuffix(".weight"), source.tensor(name), own)
-                errors.append(error)
-                yield from parts.items()
+                matrix = _Slices(name.removesuffix(".weight"))
+                for start, stop in slices:
+                    yield from matrix.quantize(start, source.rows(name, start, stop), own)
+                errors.append(matrix.error())
             if progress is not None:
                 progress(done, len(names))
 
@@ -204,21 +216,33 @@ def convert_source(
     return errors
 
 
-def _quantized(name: str, weight: Tensor, scheme: QuantizationScheme) -> tuple[dict[str, Tensor], LayerError]:
-    """The parts of a quantized matrix under their names, a slice of its rows at a time, and what it did to the matrix."""
-    expected = quantized_parts(tuple(weight.shape), scheme)
-    parts = {part: torch.empty(own.shape, dtype=own.dtype) for part, own in expected.items()}
-    difference = size = 0.0
-    rows = max(SLICE // weight.shape[1], 1)
-    for start in range(0, len(weight), rows):
-        exact = weight[start : start + rows]
+def _slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of a tensor, ``SLICE`` numbers at most where a row is not more than that."""
+    rows = max(SLICE // max(torch.Size(shape[1:]).numel(), 1), 1)
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
+
+
+class _Slices:
+    """A matrix that is quantized a slice of its rows at a time."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._difference = self._size = 0.0
+        self._bytes = 0
+
+    def quantize(self, start: int, exact: Tensor, scheme: QuantizationScheme) -> Iterator[tuple[str, int, Tensor]]:
+        """The parts of some rows, under their names."""
         made = quantize_matrix(exact, scheme)
-        own = slice(start, start + len(exact))
-        parts["codes"][own] = pack(made.codes) if scheme.bits == 4 else made.codes
-        parts["scales"][own] = made.scales
+        parts = {"codes": pack(made.codes) if scheme.bits == 4 else made.codes, "scales": made.scales}
         if made.zeros is not None:
-            parts["zeros"][own] = made.zeros
-        difference += float((made.dequantize().float() - exact.float()).square().sum(dtype=torch.float64))
-        size += float(exact.float().square().sum(dtype=torch.float64))
-    error = LayerError(name, (difference / max(size, 1e-60)) ** 0.5, sum(t.numel() * t.element_size() for t in parts.values()))
-    return {f"{name}.{part}": tensor for part, tensor in parts.items()}, error
+            parts["zeros"] = made.zeros
+        self._difference += float((made.dequantize().float() - exact.float()).square().sum(dtype=torch.float64))
+        self._size += float(exact.float().square().sum(dtype=torch.float64))
+        self._bytes += sum(part.nbytes for part in parts.values())
+        for part, tensor in parts.items():
+            yield f"{self.name}.{part}", start, tensor
+
+    def error(self) -> LayerError:
+        """What it did to the whole matrix."""
+        return LayerError(self.name, (self._difference / max(self._size, 1e-60)) ** 0.5, self._bytes)

@@ -76,23 +76,35 @@ class ReleasedCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its stored dtype, in memory of its own. Raises ``CheckpointError`` for an unknown name."""
+        return self.rows(name, 0, self._shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, joined from the ranks that have a part of them."""
+        shape, stored = self._shape(name), _stored_name(name)
+        split = _split(stored)
+        if self.tensor_parallel == 1 or split is None:
+            found = self._modules[0][stored].read_rows(start, stop)
+            return found.unsqueeze(1) if name.endswith(".scales") else found
+        whole = torch.empty((stop - start, *shape[1:]), dtype=self._modules[0][stored].dtype)
+        for rank, module in enumerate(self._modules):
+            dim, places, length = _pieces(stored, shape, self.tensor_parallel, rank)
+            for number, place in enumerate(places):
+                if dim == 1:
+                    part = module[stored].read_rows(start, stop)
+                    # Scales: one a row, of this rank.
+                    whole[:, place : place + length] = part.unsqueeze(1) if part.dim() == 1 else part
+                    continue
+                first, last = max(start, place), min(stop, place + length)
+                if first < last:
+                    own = number * length - place
+                    part = module[stored].read_rows(first + own, last + own)
+                    whole[first - start : last - start] = part.view(last - first, *shape[1:])
+        return whole
+
+    def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._expected:
             raise CheckpointError(f"`{self.folder}` has no tensor `{name}`", path=self.folder, key=name)
-        stored = _stored_name(name)
-        first = self._modules[0][stored]
-        if self.tensor_parallel == 1 or _split(stored) is None:
-            whole = first.read()
-            return whole.unsqueeze(1) if name.endswith(".scales") else whole
-        shape = self._expected[name].shape
-        whole = torch.empty(shape, dtype=first.dtype)
-        for rank, module in enumerate(self._modules):
-            part = module[stored].read()
-            if part.dim() < len(shape):  # scales: one a row, of this rank
-                part = part.unsqueeze(1)
-            dim, starts, length = _pieces(stored, shape, self.tensor_parallel, rank)
-            for number, start in enumerate(starts):
-                whole.narrow(dim, start, length).copy_(part.narrow(dim, number * length, length))
-        return whole
+        return self._expected[name].shape
 
 
 def _stored_name(name: str) -> str:

@@ -53,16 +53,24 @@ class StoredTensor:
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return self._read_elements(span).as_strided(self.shape, self.stride).contiguous()
 
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Some rows, without reading the others where they lie one behind the other."""
+        rows = torch.Size(self.shape[1:])
+        contiguous = torch.empty(self.shape, dtype=self.dtype, device="meta").stride()
+        if self.stride != contiguous:
+            return self.read()[start:stop].clone()
+        return self._read_elements((stop - start) * rows.numel(), start * rows.numel()).view(stop - start, *rows)
+
     def read_first_row(self) -> torch.Tensor:
         """``[columns]``: row 0 of a contiguous matrix, without reading the others."""
         return self._read_elements(self.shape[-1])
 
-    def _read_elements(self, count: int) -> torch.Tensor:
+    def _read_elements(self, count: int, first: int = 0) -> torch.Tensor:
         buffer = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
         view = buffer.numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.position)
+                file.seek(self.position + first * self.dtype.itemsize)
                 while view:
                     got = file.readinto(view)  # the system reads at most 2 GiB at a time
                     if not got:

@@ -9,7 +9,8 @@ import typer
 
 from openglm.cli import console, options
 from openglm.cli.models import model_folder
-from openglm.errors import InputError, StorageError
+from openglm.errors import InputError
+from openglm.storage import refuse_existing
 
 EXAMPLES = r"""
 [bold]Examples[/bold]
@@ -17,6 +18,8 @@ EXAMPLES = r"""
   glm convert nano ./nano-float32 --dtype float32
 
   glm convert ./glm-130b-sat ./glm-130b --tokenizer ./ice_text.model
+
+  glm convert ./glm-130b-sat ./glm-130b-int4 --bits 4 --group 128
 """
 _DTYPES = ("float16", "bfloat16", "float32", "keep")
 
@@ -43,20 +46,28 @@ def convert(
         Path | None, typer.Option(metavar="FILE", help="Tokenizer to put in; without it the source's own.")
     ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="A config.json for a source that has none.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(metavar="N", help="Quantize on the way, to 8 or 4 bits; `glm quantize` reports more.")
+    ] = None,
+    group: Annotated[
+        int | None, typer.Option(metavar="N", help="With --bits: columns that share a scale, 32, 64 or 128; else a row.")
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch SOURCE from the Hugging Face hub.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Convert a model to openglm's own format.
 
-    TARGET appears whole or not at all. Memory holds one tensor at a time, so size does not matter.
+    TARGET appears whole or not at all. Memory holds a slice of one tensor at a time, so size does not matter.
     """
     if dtype not in _DTYPES:
         raise InputError(f"`--dtype` must be {', '.join(_DTYPES)}, not {dtype!r}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"`{target}` exists and is not empty", hint="choose another folder or remove it", path=target)
+    if group is not None and bits is None:
+        raise InputError("`--group` needs `--bits`", key="group")
+    refuse_existing(target)
     folder = model_folder(source, download=download)
-    from openglm.config import ModelConfig
+    from openglm.config import ModelConfig, QuantizationScheme
 
+    scheme = QuantizationScheme(bits, group) if bits is not None else None
     given = ModelConfig.from_json(config) if config is not None else None
     if tokenizer is not None:
         from openglm.tokenizers import load_tokenizer
@@ -71,7 +82,13 @@ def convert(
             bar.advance(done - bar.done)
 
         opened = run(
-            folder, target, dtype=None if dtype == "keep" else dtype, config=given, tokenizer=tokenizer, progress=progress
+            folder,
+            target,
+            dtype=None if dtype == "keep" else dtype,
+            config=given,
+            tokenizer=tokenizer,
+            progress=progress,
+            scheme=scheme,
         )
     for line in opened.notes:
         console.note(f"note: {line}")

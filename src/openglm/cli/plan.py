@@ -121,7 +121,7 @@ def plan(
         raise InputError(f"`--uptime` is a share, at most 1, not {uptime:g}", key="uptime")
     if attention not in ("fused", "scores"):
         raise InputError(f"`--attention` must be fused or scores, not {attention}", key="attention")
-    config = _config(model)
+    config = model_config(model)
     sequence = sequence or config.max_sequence_length
     if cpu:
         given = {**above_zero, "gpus": gpus, "gpu": gpu, "tensor": tensor, "pipeline": pipeline, "data": data, "tokens": tokens}
@@ -182,7 +182,8 @@ def plan(
     console.write("\n".join([*lines, "", *report.describe_plan(shown[0], budgets[0])]))
 
 
-def _config(model: str) -> ModelConfig:
+def model_config(model: str) -> ModelConfig:
+    """The configuration of a preset, a folder, or a config.json."""
     if model in PRESETS:
         return ModelConfig.preset(model)
     folder = existing_path(model)

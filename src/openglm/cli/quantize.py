@@ -9,7 +9,7 @@ import typer
 
 from openglm.cli import console, options
 from openglm.cli.models import model_folder
-from openglm.errors import StorageError
+from openglm.storage import refuse_existing
 
 EXAMPLES = r"""
 [bold]Examples[/bold]
@@ -47,8 +47,7 @@ def quantize(
     Norms and biases stay as they are, and so does the embedding without --head-bits. TARGET appears whole or not at all;
     memory holds one tensor at a time.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"`{target}` exists and is not empty", hint="choose another folder or remove it", path=target)
+    refuse_existing(target)
     from openglm.config import QuantizationScheme
 
     scheme = QuantizationScheme(bits, group, zero_point, clip, head_bits)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from openglm.bundled import find_model
-from openglm.checkpoints import empty_network, load_into, network_from_state, open_model, resolve_device
+from openglm.checkpoints import ModelSource, empty_network, load_into, network_from_state, open_model, resolve_device
+from openglm.checkpoints.layout import dtype_name, resolve_dtype
 from openglm.config import ModelConfig
 from openglm.errors import InputError, UnlearnedMaskError
 from openglm.inference.beam import beam_search
@@ -22,6 +23,8 @@ from openglm.inference.sampling import SamplingSettings, make_generator
 from openglm.inference.writing import Answer, Draft, unwritable_ids
 from openglm.infilling import blank_prompt, choice_layout, encode_text, mask_kind, split_text
 from openglm.models.glm130b import GLM130B
+from openglm.planning.inference import Use, estimate, verdict
+from openglm.storage import total_memory
 from openglm.tokenizers import load_tokenizer
 from openglm.tokenizers.base import MASK_WORDS, Tokenizer
 
@@ -339,7 +342,8 @@ def load(
     the folder says, ``tokenizer`` (a file, a folder or an object) the folder's own.
 
     Raises ``ModelNotFoundError`` with the nearest bundled name, ``CheckpointError`` for a damaged or foreign folder,
-    ``ConfigError`` or ``TokenizerError`` for what it holds, ``InputError`` for a dtype or device that cannot be used.
+    ``ConfigError`` or ``TokenizerError`` for what it holds, ``InputError`` for a dtype or device that cannot be used, or a
+    model that is larger than the memory.
     """
     source = open_model(find_model(model), config)
     changes = {} if rotary_dtype is None else {"rotary_dtype": rotary_dtype}
@@ -351,8 +355,22 @@ def load(
         tokenizer = load_tokenizer(tokenizer)
     elif tokenizer is None and source.tokenizer_path is not None:
         tokenizer = load_tokenizer(source.tokenizer_path)
+    _refuse_too_large(chosen, source, dtype, place)
     network = load_into(empty_network(chosen), source, dtype, place)
     return GLM(network.eval().requires_grad_(False), tokenizer, source.notes)
+
+
+def _refuse_too_large(config: ModelConfig, source: ModelSource, dtype: str | torch.dtype | None, place: torch.device) -> None:
+    """Say so before anything is read, if the weights alone are more than there is memory."""
+    stored = getattr(source, "dtype", "float16")
+    name = stored if dtype is None else dtype_name(resolve_dtype(dtype))
+    if place.type == "cpu" and name == stored:
+        return  # memory-mapped: the system reads what is needed
+    memory = total_memory() if place.type == "cpu" else torch.cuda.get_device_properties(place).total_memory
+    kind = "cpu" if place.type == "cpu" else "gpu"
+    fits, sentence = verdict(estimate(config, Use(dtype=name, context=1, device=kind)), memory)
+    if not fits:
+        raise InputError(sentence, key="model")
 
 
 def _refuse_several_blanks(text: str, method: str) -> None:
