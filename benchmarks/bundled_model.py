@@ -16,192 +16,43 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
-import itertools
 import json
-import math
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from openglm import GLM, OpenGLMError, load
 from openglm.data.readers import Document, read_documents
-from openglm.errors import InputError
-from openglm.inference.sampling import SamplingSettings
-from openglm.inference.writing import unwritable_ids
-from openglm.infilling import blank_prompt, unidirectional_prompt
+from openglm.evaluation.blanks import (
+    ANSWER,
+    BLANKS,
+    SEED,
+    Blank,
+    Draws,
+    count_exact,
+    draw_blanks,
+    draw_passage,
+    fill_blanks,
+    fingerprint,
+    is_exact,
+    split_sentences,
+    tokenizer_of,
+)
 from openglm.tokenizers.base import Tokenizer
 from openglm.training.validation import bits_per_byte, network_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = {"en": "English", "zh": "Chinese"}
-BLANKS = 250
-"""Of each language."""
-SEED, SAMPLE_SEED = 2024, 2025
-SHORTEST, LONGEST = 32, 96
-"""Tokens of a passage with a blank."""
-LONGEST_SPAN = 8
-ANSWER = 16
-"""Tokens of an answer at most, the end token included."""
+SAMPLE_SEED = 2025
 SAMPLE_FILLS, SAMPLE_GENERATIONS = 6, 3
 OPENING = (12, 40)
 """Tokens of a text to continue."""
 GENERATION: dict[str, int | float] = {"max_tokens": 64, "temperature": 0.8, "top_p": 0.9, "seed": 1}
-
-_SENTENCE_END = re.compile(
-    r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?]+[\"'”’)]*\s+"  # behind a title no sentence ends
-    r"|[。！？…]+[”’』」）\"]*\s*|\n\s*"
-)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Blanks
-
-
-@dataclass(frozen=True)
-class Blank:
-    """A passage with one span missing."""
-
-    language: str
-    source: str
-    part_a: list[int]
-    """Token ids with one [MASK], eos at the end."""
-    index: int
-    """Of the mask."""
-    answer: list[int]
-    """The missing token ids."""
-
-
-class Draws:
-    """Whole numbers from a seed, the same for ever: numpy keeps the raw stream of PCG64, not what it derives from it."""
-
-    def __init__(self, seed: int) -> None:
-        self._bits = np.random.PCG64(seed)
-
-    def below(self, count: int) -> int:
-        """From 0 to count - 1."""
-        return int(self._bits.random_raw()) % count
-
-    def span(self) -> int:
-        """Poisson(3) restricted to 1..``LONGEST_SPAN``."""
-        weights = np.cumsum([3**k / math.factorial(k) for k in range(1, LONGEST_SPAN + 1)])
-        return int(np.searchsorted(weights, self.below(1 << 53) / (1 << 53) * weights[-1], side="right")) + 1
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the whitespace behind it; together they are the text."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    borders = [0, *ends, len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(borders) if b > a]
-
-
-def draw_passage(
-    documents: Sequence[tuple[Document, list[str]]], tokenizer: Tokenizer, draws: Draws, shortest: int, longest: int
-) -> tuple[Document, str, list[int]]:
-    """Whole sentences of one document that together have so many tokens: the document, the text, its ids."""
-    for _ in range(100_000):
-        document, sentences = documents[draws.below(len(documents))]
-        first = draws.below(len(sentences))
-        wanted = shortest + draws.below(longest - shortest + 1)
-        text, ids = "", []
-        for end in range(first + 1, len(sentences) + 1):
-            more = "".join(sentences[first:end]).strip()
-            encoded = tokenizer.encode(more)
-            if len(encoded) > wanted:
-                break
-            text, ids = more, encoded
-        if len(ids) >= shortest:
-            return document, text, ids
-    raise InputError(f"the validation files hold no sentences of {shortest} to {longest} tokens")
-
-
-def draw_blanks(
-    documents: Mapping[str, Sequence[Document]], tokenizer: Tokenizer, count: int = BLANKS, seed: int = SEED
-) -> list[Blank]:
-    """``count`` blanks of each language, always the same for the same documents, tokenizer and seed.
-
-    A span begins at a word in English (its piece begins with a blank), at any piece in Chinese, and is no half character.
-    """
-    draws = Draws(seed)
-    mask, eos = tokenizer.special_tokens["[MASK]"], tokenizer.special_tokens["eos"]
-    blanks: list[Blank] = []
-    for language, found in documents.items():
-        split = [(document, split_sentences(document.text)) for document in found if document.text.strip()]
-        passages: set[str] = set()
-        for _ in range(1000 * count):
-            document, text, ids = draw_passage(split, tokenizer, draws, SHORTEST, LONGEST)
-            span, chance = draws.span(), draws.below(1 << 32)
-            starts = [k for k in range(len(ids) - span + 1) if language != "en" or tokenizer.decode([ids[k]]).startswith(" ")]
-            if text in passages or not starts:
-                continue
-            start = starts[chance % len(starts)]
-            answer = ids[start : start + span]
-            if "\ufffd" in tokenizer.decode(answer):
-                continue
-            passages.add(text)
-            blanks.append(Blank(language, document.source, [*ids[:start], mask, *ids[start + span :], eos], start, answer))
-            if len(passages) == count:
-                break
-        else:
-            raise InputError(f"the {language} validation file has no {count} different passages for blanks")
-    return blanks
-
-
-def fingerprint(blanks: Sequence[Blank]) -> str:
-    """SHA-256 of all ids."""
-    text = json.dumps([[blank.language, blank.part_a, blank.index, blank.answer] for blank in blanks])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def fill_blanks(
-    glm: GLM, blanks: Sequence[Blank], batch_size: int = 25, *, left_only: bool = False
-) -> Iterator[tuple[list[int], bool]]:
-    """For each blank the ids that the model writes greedily, and whether it came to an end by itself.
-
-    ``left_only``: from the text before the blank alone, as many tokens as are missing; that is its end.
-    """
-    special = glm.config.special_tokens
-    forbidden = unwritable_ids(glm.config, _tokenizer(glm)).to(glm.engine.device)
-    settings = SamplingSettings(max_tokens=ANSWER)
-    for first in range(0, len(blanks), batch_size):
-        part = blanks[first : first + batch_size]
-        if left_only:
-            prompts = [unidirectional_prompt(blank.part_a[: blank.index], special) for blank in part]
-            rooms = [len(blank.answer) for blank in part]
-        else:
-            prompts = [blank_prompt(blank.part_a, blank.index, special) for blank in part]
-            rooms = [ANSWER] * len(part)
-        answers: list[list[int]] = [[] for _ in part]
-        ended = [left_only] * len(part)
-        ends = (special["eop"], special["eos"])
-        for token in glm.engine.generate(prompts, settings, ends=ends, rooms=rooms, forbidden=forbidden):
-            if token.ends:
-                ended[token.row] = True
-            else:
-                answers[token.row].append(token.id)
-        yield from zip(answers, ended, strict=True)
-
-
-def is_exact(blank: Blank, answer: Sequence[int], ended: bool, tokenizer: Tokenizer) -> bool:
-    """The model wrote the missing text, and then ended."""
-    return ended and (list(answer) == blank.answer or tokenizer.decode(answer) == tokenizer.decode(blank.answer))
-
-
-def count_exact(blanks: Sequence[Blank], exact: Sequence[bool]) -> dict[str, dict[str, dict[str, int]]]:
-    """{"by_language": {name: {"blanks", "exact"}}, "by_span_length": the same}."""
-
-    def count(chosen: Sequence[bool]) -> dict[str, int]:
-        return {"blanks": sum(chosen), "exact": sum(e for e, c in zip(exact, chosen, strict=True) if c)}
-
-    languages = {name: count([blank.language == name for blank in blanks]) for name in LANGUAGES}
-    lengths = {str(n): count([len(blank.answer) == n for blank in blanks]) for n in range(1, LONGEST_SPAN + 1)}
-    return {"by_language": {**languages, "all": count([True] * len(blanks))}, "by_span_length": lengths}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +89,7 @@ def fill_rows(
 def generation_parts(glm: GLM, documents: Mapping[str, Sequence[Document]]) -> Iterator[str]:
     """Texts that the model goes on with, the same ones for every model."""
     draws = Draws(SAMPLE_SEED)
-    tokenizer = _tokenizer(glm)
+    tokenizer = tokenizer_of(glm)
     for language, found in documents.items():
         split = [(document, split_sentences(document.text)) for document in found if document.text.strip()]
         for _ in range(SAMPLE_GENERATIONS):
@@ -300,15 +151,9 @@ def verdict(new: Mapping, old: Mapping) -> str:
 # The command
 
 
-def _tokenizer(glm: GLM) -> Tokenizer:
-    if glm.tokenizer is None:
-        raise InputError("this model has no tokenizer, so it cannot be measured on text")
-    return glm.tokenizer
-
-
 def measure_bits(glm: GLM, documents: Mapping[str, Sequence[Document]]) -> dict[str, float]:
     """Language to bits per byte of all documents."""
-    tokenizer = _tokenizer(glm)
+    tokenizer = tokenizer_of(glm)
     return {
         language: bits_per_byte(
             network_losses(glm.network, glm.engine.device),
@@ -328,7 +173,7 @@ def run(
     left_only: bool = False,
 ) -> tuple[dict, str]:
     """All measures: the figures, and the fragment of the card."""
-    tokenizer = _tokenizer(glm)
+    tokenizer = tokenizer_of(glm)
     start = time.monotonic()
     chosen = draw_blanks(documents, tokenizer, blanks)
     answers = list(fill_blanks(glm, chosen, left_only=left_only))

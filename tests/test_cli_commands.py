@@ -206,12 +206,19 @@ def test_quantize(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     target = tmp_path / "small"
-    said = run("quantize", tiny, target, "--bits", "4", "--group", "32", "--text", text).stderr
-    assert "bytes before" in said and "relative error of a matrix" in said and "bits per byte" in said
+    drawn = tmp_path / "errors.png"
+    said = run("quantize", tiny, target, "--bits", "4", "--group", "32", "--text", text, "--plot", drawn).stderr
+    assert "bytes before" in said and "relative error of the weights" in said and "bits per byte" in said
+    assert "blanks filled exactly: " in said and drawn.read_bytes().startswith(b"\x89PNG")
     assert "4 bits, groups of 32" in run("info", target).stdout
     found = json.loads(run("info", target, "--json").stdout)
     assert found["config"]["quantization"] == {"bits": 4, "group": 32, "zero_point": False, "clip": False}
     assert run("fill", "-m", target, "The sky is [MASK].", "--max-tokens", "3").stdout
+    run("convert", tiny, tmp_path / "same", "--dtype", "keep", "--bits", "4", "--group", "32")
+    assert (tmp_path / "same/model-00001-of-00001.safetensors").read_bytes() == (
+        target / "model-00001-of-00001.safetensors"
+    ).read_bytes()
+    assert "`--group` needs `--bits`" in refuse("convert", tiny, tmp_path / "no", "--group", "32")
     values = json.loads(run("quantize", tiny, tmp_path / "eight", "--bits", "8", "--clip", "--json").stdout)
     assert values["bytes"]["after"] < values["bytes"]["before"] and max(values["relative_errors"].values()) < 0.02
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openglm.cli import console, options
 from openglm.cli.models import model_folder
 from openglm.storage import refuse_existing
+
+if TYPE_CHECKING:
+    from openglm.data.readers import Document
+    from openglm.quantization.layers import LayerError
+
+#: Of each language, in the report.
+MOST_BLANKS = 50
+_HAN = re.compile("[\u4e00-\u9fff]")
 
 EXAMPLES = r"""
 [bold]Examples[/bold]
@@ -38,8 +47,9 @@ def quantize(
         int | None, typer.Option(metavar="N", help="8 or 4 for the embedding, which is also the head; else it stays as it is.")
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Text to measure bits per byte on, before and after.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Text to measure bits per byte and exact fills on.")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="A PNG of the errors; needs the extra `watch`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Store a model's matrices in 8 or 4 bits.
@@ -50,6 +60,11 @@ def quantize(
     refuse_existing(target)
     from openglm.config import QuantizationScheme
 
+    if plot is not None:
+        from openglm.training.report.lines import LIGHT, drawing
+
+        with drawing(LIGHT):  # raises before the long part where matplotlib is missing
+            pass
     scheme = QuantizationScheme(bits, group, zero_point, clip, head_bits)
     folder = model_folder(source)
     from openglm.checkpoints import convert_source, open_model
@@ -70,43 +85,91 @@ def quantize(
         "relative_errors": {error.name: round(error.relative_error, 6) for error in errors},
     }
     if documents:
-        with console.progress(2, "measuring bits per byte") as bar:
-            measured = []
-            for path in (folder, target):
-                measured.append(_bits_per_byte(path, documents))
+        with console.progress(2, "measuring") as bar:
+            for when, path in (("before", folder), ("after", target)):
+                for name, value in _measure(path, documents).items():
+                    found.setdefault(name, {})[when] = value
                 bar.advance(1)
-        found["bits_per_byte"] = dict(zip(("before", "after"), measured, strict=True))
+    if plot is not None:
+        _draw(found, plot)
     if as_json:
         console.write_json(found)
         return
-    console.note(f"{sizes[0]:,} bytes before, {sizes[1]:,} after: `{target}`")
-    worst = sorted(errors, key=lambda error: error.relative_error)
-    middle = worst[len(worst) // 2]
-    console.note(
-        f"relative error of a matrix: {middle.relative_error:.2%} in the middle, {worst[-1].relative_error:.2%} at most"
-    )
-    console.note(f"  at most: `{worst[-1].name}`")
-    if documents:
-        before, after = measured
+    _show(found, errors)
+
+
+def _show(found: dict[str, Any], errors: list[LayerError]) -> None:
+    """Sizes, a row of errors for each layer, and what was measured."""
+    size = found["bytes"]
+    console.note(f"{size['before']:,} bytes before, {size['after']:,} after: `{found['target']}`")
+    rows: dict[str, dict[str, float]] = {}
+    for error in errors:
+        layer, _, matrix = error.name.removeprefix("layers.").partition(".")
+        rows.setdefault(layer if matrix else "", {})[matrix.rpartition(".")[2] or layer] = error.relative_error
+    columns = list(rows.get("0", {}))
+    console.note("relative error of the weights, %")
+    console.note(f"{'layer':>5}  " + "  ".join(f"{name:>16}" for name in columns))
+    for layer, row in rows.items():
+        if layer:
+            console.note(f"{layer:>5}  " + "  ".join(f"{100 * row[name]:16.3f}" for name in columns))
+        else:
+            console.note(f"word_embeddings: {100 * next(iter(row.values())):.3f}")
+    if "bits_per_byte" in found:
+        before, after = found["bits_per_byte"]["before"], found["bits_per_byte"]["after"]
         console.note(f"bits per byte: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
+        before, after = found["exact_fills"]["before"], found["exact_fills"]["after"]
+        console.note(f"blanks filled exactly: {before['exact']} before, {after['exact']} after, of {before['blanks']}")
 
 
-def _documents(files: list[Path]) -> list[str]:
+def _documents(files: list[Path]) -> list[Document]:
     from openglm.data.readers import read_documents
 
-    return [document.text for document in read_documents(files)]
+    return list(read_documents(files))
 
 
-def _bits_per_byte(folder: Path, documents: list[str]) -> float:
+def _measure(folder: Path, documents: list[Document]) -> dict[str, Any]:
+    """Bits per byte of all texts, and blanks in them that are filled exactly."""
     import numpy as np
 
     from openglm import load
-    from openglm.errors import InputError
+    from openglm.evaluation.blanks import count_exact, draw_blanks, fill_blanks, is_exact, tokenizer_of
     from openglm.training.validation import bits_per_byte, network_losses
 
     glm = load(folder)
-    tokenizer = glm.tokenizer
-    if tokenizer is None:
-        raise InputError(f"`{folder}` has no tokenizer, so it cannot be measured on text", hint="leave --text out")
-    ids = (np.asarray(tokenizer.encode(text), dtype=np.int64) for text in documents)
-    return bits_per_byte(network_losses(glm.network, glm.engine.device), ids, tokenizer)
+    tokenizer = tokenizer_of(glm)
+    ids = (np.asarray(tokenizer.encode(document.text), dtype=np.int64) for document in documents)
+    bits = bits_per_byte(network_losses(glm.network, glm.engine.device), ids, tokenizer)
+    by_language: dict[str, list[Document]] = {}
+    for document in documents:
+        chinese = len(_HAN.findall(document.text)) > 0.1 * len(document.text)
+        by_language.setdefault("zh" if chinese else "en", []).append(document)
+    blanks = draw_blanks(by_language, tokenizer, MOST_BLANKS, exactly=False)
+    exact = [is_exact(blank, *answer, tokenizer) for blank, answer in zip(blanks, fill_blanks(glm, blanks), strict=True)]
+    return {"bits_per_byte": bits, "exact_fills": count_exact(blanks, exact)["by_language"]["all"]}
+
+
+def _draw(found: dict[str, Any], path: Path) -> None:
+    """The errors of all matrices over the layers, as a picture."""
+    import numpy as np
+
+    from openglm.storage import atomic_write
+    from openglm.training.report.lines import LIGHT, Series, draw_lines, drawing, figure
+
+    errors: dict[str, list[float]] = {}
+    for name, error in found["relative_errors"].items():
+        if name.startswith("layers."):
+            errors.setdefault(name.split(".", 2)[2], []).append(100 * error)
+    title = f"{found['bytes']['before'] / 1e6:,.1f} MB before, {found['bytes']['after'] / 1e6:,.1f} MB after"
+    if "bits_per_byte" in found:
+        bits, fills = found["bits_per_byte"], found["exact_fills"]
+        title += f"\nbits per byte {bits['before']:.4f} and {bits['after']:.4f}"
+        title += f"; exact fills {fills['before']['exact']} and {fills['after']['exact']} of {fills['before']['blanks']}"
+    with drawing(LIGHT):
+        made, (axes,) = figure()
+        series = [Series(name, np.arange(len(values)), np.asarray(values)) for name, values in errors.items()]
+        axes.set(xlabel="layer", ylabel="relative error of the weights, %", title=title)
+        draw_lines(axes, series, LIGHT, smoothed=False, markers=True, robust=False)
+        axes.set_ylim(0, 1.1 * max(max(values) for values in errors.values()))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        with atomic_write(path) as file:
+            made.savefig(file, format="png")
