@@ -15,9 +15,10 @@ from openglm.config import ModelConfig
 from openglm.data.loader import Rows, make_batch
 from openglm.data.mixture import Mixture, Objectives
 from openglm.data.shards import open_shards, write_shards
-from openglm.errors import CheckpointError, ConfigError, DataError
+from openglm.errors import CheckpointError, ConfigError, DataError, OpenGLMError, StorageError
 from openglm.infilling import NO_TARGET, Batch
 from openglm.models.glm130b import GLM130B
+from openglm.storage import exclusive
 from openglm.tokenizers import load_tokenizer
 from openglm.training.head_start import give_head_start
 from openglm.training.model import MasterWeights
@@ -311,6 +312,15 @@ def test_muon_moves_matrices_by_their_orthogonalized_momentum(recipe, prepared, 
             assert 0.1 < update.square().mean().sqrt() < 0.3, name
         elif not name.endswith("bias"):
             assert update.abs().max() < 1.1, name  # Adam's first step is the sign
+
+
+def test_two_runs_never_share_a_folder(recipe, tmp_path):
+    with exclusive(tmp_path / "run", ""), pytest.raises(StorageError, match=r"`.*run` is in use by another process"):
+        train(recipe("run.samples=4"), tmp_path / "run", log=lambda _: None)
+    train(recipe("run.samples=4"), tmp_path / "run", log=lambda _: None)
+    with pytest.raises(OpenGLMError):  # what fails holds nothing
+        train(recipe("run.samples=8", "run.batch_size=3", "parallel.data=2"), tmp_path / "run", log=lambda _: None)
+    train(recipe("run.samples=8"), tmp_path / "run", log=lambda _: None)
 
 
 def test_a_run_may_change_its_optimizer(recipe, tmp_path):

@@ -87,6 +87,33 @@ def atomic_write(path: str | Path, mode: str = "wb", encoding: str | None = None
         raise
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path, hint: str) -> Iterator[None]:
+    """Hold a folder, which is made where it is not there, against other processes until the block ends, or this one does.
+
+    Raises ``StorageError`` with the hint if another process holds it. Without effect on systems that have no ``flock``.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115 (closed below, whatever happens)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(f"`{folder}` is in use by another process", hint=hint, path=folder) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def total_memory() -> int:
     """Bytes of main memory that this process may use: the machine's, or those of its control group."""
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,12 @@ from openglm.data.mixture import Mixture
 from openglm.data.readers import find_files
 from openglm.data.schedule import values_of
 from openglm.data.shards import INDEX, Shard, check_sources, open_shards, write_shards
-from openglm.errors import ConfigError, DataError, TrainingError
+from openglm.errors import ConfigError, DataError, StorageError, TrainingError
 from openglm.kernels.compiled import why_not
 from openglm.models.glm130b import GLM130B
 from openglm.parallel.execution import Execution
 from openglm.parallel.stage import fill, parallelize
-from openglm.storage import remove
+from openglm.storage import exclusive, remove
 from openglm.tokenizers import load_tokenizer
 from openglm.training.head_start import give_head_start
 from openglm.training.metrics import Recorder
@@ -160,10 +161,15 @@ def first_weights(network: GLM130B, recipe: Recipe, mixture: Mixture) -> None:
 class Run:
     """A run in its folder: builds everything, resumes, steps, answers to spikes, saves."""
 
-    def __init__(self, recipe: Recipe, out: Path, ranks: Ranks, *, fresh: bool, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, ranks: Ranks, held: contextlib.ExitStack, *, fresh: bool, log: Callable[[str], None]
+    ) -> None:
         self.recipe, self.out, self.ranks = recipe, out, ranks
         self.log = log if ranks.lead else lambda _: None
         check_batch(recipe, ranks.layout)
+        there = ranks.told(out.exists())
+        if there:  # else nothing is made before the data is known to be good
+            _hold(out, ranks, held)
         if fresh and ranks.lead:
             for name in ("snapshots", "metrics.jsonl", "events.jsonl", "edits.json", "tensorboard"):
                 remove(out / name)
@@ -186,6 +192,8 @@ class Run:
         model = build_model(recipe, self.config, self.mixture, ranks, self.log)
         self.trainer = Trainer(model, recipe, ranks, Edits.load(out / "edits.json"))
         self.progress = Progress()
+        if not there:
+            _hold(out, ranks, held)
         r = recipe.run
         self.snapshots = Snapshots(out / "snapshots", ranks, keep=r.keep_snapshots, keep_every=r.keep_every)
         self.snapshots.clean()
@@ -343,21 +351,35 @@ def train(
         torch.set_num_threads(recipe.run.threads)
     check_trackers(recipe.run.trackers)
     ranks = connect(recipe)
-    run = Run(recipe, Path(out), ranks, fresh=fresh, log=log)
-    try:
-        left = recipe.run.samples - run.progress.samples
-        run.log(f"{run.config.parameter_count:,} parameters, {left:,} samples to go")
-        began = time.monotonic()
+    with contextlib.ExitStack() as held:
+        run = Run(recipe, Path(out), ranks, held, fresh=fresh, log=log)
+        try:
+            left = recipe.run.samples - run.progress.samples
+            run.log(f"{run.config.parameter_count:,} parameters, {left:,} samples to go")
+            began = time.monotonic()
 
-        def stop() -> bool:
-            return should_stop() or (stop_after is not None and time.monotonic() - began > stop_after)
+            def stop() -> bool:
+                return should_stop() or (stop_after is not None and time.monotonic() - began > stop_after)
 
-        run.steps(stop, watch)
-        if run.progress.samples < recipe.run.samples:
-            run.log(f"stopped after {time.monotonic() - began:.0f} s; the same command goes on from here")
-        return run.export()
-    finally:
-        run.close()
+            run.steps(stop, watch)
+            if run.progress.samples < recipe.run.samples:
+                run.log(f"stopped after {time.monotonic() - began:.0f} s; the same command goes on from here")
+            return run.export()
+        finally:
+            run.close()
+
+
+def _hold(out: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
+    """Two runs in one folder would remove each other's snapshots. All processes raise if another run has it."""
+    error: StorageError | None = None
+    if ranks.lead:
+        try:
+            held.enter_context(exclusive(out, "wait until it has ended, or give another --out"))
+        except StorageError as found:
+            error = found
+    error = ranks.told(error)
+    if error is not None:
+        raise error
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
