@@ -305,11 +305,13 @@ def contest(contestants: dict[str, Process], task: str, rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def measure(model: str, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """All comparisons of one model."""
+def measure(model: str, threads: int, rounds: int, only: str = "") -> list[dict[str, Any]]:
+    """All comparisons of one model, or those whose title holds some words."""
     rows = []
 
     def compare(title: str, ours: tuple[int, int | None], other: tuple[str, ...], tasks: list[str]) -> None:
+        if only not in f"{title} {' '.join(other)}":
+            return
         contestants = {
             "ours": Process("ours", model, *ours, threads=threads),
             other[0]: Process(other[0], model, *other[1:], threads=threads),
@@ -362,10 +364,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["335m", "1.3b"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", metavar="WORDS", help='comparisons whose title holds them: "groups of 128"')
     parser.add_argument("--machine", default="")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = [row for model in args.models for row in measure(model, args.threads, args.rounds)]
+    rows = [row for model in args.models for row in measure(model, args.threads, args.rounds, args.only)]
     if args.json:
         result = {
             "date": datetime.date.today().isoformat(),
