@@ -15,7 +15,7 @@ from torch import Tensor
 import openglm
 from openglm.config import ModelConfig
 from openglm.inference.beam import beam_search
-from openglm.inference.cache import StaticCache
+from openglm.inference.cache import ColumnPool, Place, PoolView, Run
 from openglm.inference.glm import GLM
 from openglm.inference.sampling import SamplingSettings, filter_logits
 from openglm.infilling import Prompt, blank_prompt, encode_text, generation_prompt
@@ -122,12 +122,13 @@ def cache_differences(recorded: Recorded, model: str, table: str) -> list[Differ
         ids, positions = tensors[f"{case}/input_ids"].long(), tensors[f"{case}/position_ids"].long()
         seen = ~tensors[f"{case}/attention_mask_true_is_hidden"]
         length = ids.shape[1]
-        cache = StaticCache(glm.config, 1, length, dtype=torch.float32)
+        cache = ColumnPool(glm.config, length, dtype=torch.float32)
         found = []
         for start, end in [(0, context), *((i, i + 1) for i in range(context, length))]:
             part = slice(start, end)
-            logits = glm.network(ids[:, part], positions[:, part], seen[:, :, part, :end], cache=cache)
-            cache.advance(end - start)
+            place = Place(Run(0, context), Run(context, length - context), context, start)
+            view = PoolView(cache, [place], [end - start])
+            logits = glm.network(ids[:, part], positions[:, part], seen[:, :, part, :end], cache=view)
             found.append(logits[:, -1])
         whole = tensors[f"{case}/{table}/logits"]
         incremental = torch.stack(found, dim=1)
@@ -136,7 +137,7 @@ def cache_differences(recorded: Recorded, model: str, table: str) -> list[Differ
         pieces.append(float((incremental - piece).abs().max() / whole.abs().max()))
         memory = tensors.get(f"{case}/{table}/cache")
         if memory is not None:
-            own = torch.cat([part.transpose(2, 3).flatten(3) for part in (cache.keys, cache.values)], dim=-1)
+            own = torch.cat([part[:, None].transpose(2, 3).flatten(3) for part in (cache.keys, cache.values)], dim=-1)
             caches.append(float((own - memory).abs().max()))
     name = f"model {model}, {table} tables"
     rows = [

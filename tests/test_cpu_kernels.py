@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from openglm.checkpoints.loading import convert_source
 from openglm.config import ModelConfig
 from openglm.config import QuantizationScheme as Scheme
 from openglm.errors import InputError
-from openglm.inference.cache import StaticCache
+from openglm.inference.cache import ColumnPool, Place
 from openglm.inference.engine import Engine
 from openglm.infilling import blank_prompt, generation_prompt
 from openglm.kernels.cpu import build as builder
@@ -129,28 +130,65 @@ def test_a_pass_is_the_networks_forward(monkeypatch, variant: str, scheme: Schem
     run = Pass(network)
     assert Pass.serves(network) and run.has_head == (scheme.head_bits is not None)
     generator = torch.Generator().manual_seed(0)
-    for rows, threads, dtype in ((1, 1, torch.float32), (5, 2, torch.float32), (3, 3, torch.float16)):
+    for rows, threads, dtype in ((1, 1, torch.float32), (5, 2, torch.float32), (3, 3, torch.float16), (3, 1, torch.int8)):
         tokens = torch.randint(0, CONFIG.vocab_size, (rows, 22), generator=generator)
         positions = torch.arange(22) + torch.arange(rows)[:, None]
         mask = torch.ones(rows, 22, 22, dtype=torch.bool).tril()
         mask[:, :6, :6] = True  # part A
-        mask[1:2, 8:, 1:3] = False  # one row sees less
+        mask[1:2, 8:16, 1:3] = False  # one row of a prompt sees less
         wanted = plain(tokens, positions, mask)
-        cache = StaticCache(CONFIG, rows + 1, 30, dtype=dtype)  # it may hold more rows and columns
-        rotary = network.rotary.table(40, torch.device("cpu"), torch.float32)[:, positions]
+        pool = ColumnPool(CONFIG, 22 * rows + 5, dtype=dtype)
+        hole = pool.take(5)
+        runs = [(pool.take(16), pool.take(6)) for _ in range(rows)]
+        pool.give_back(hole)
         run.threads = threads
+        limit = {torch.float32: 1e-4, torch.float16: 2e-3, torch.int8: 4e-2}[dtype]
+
+        def pass_of(start: int, end: int, picked=None):
+            places = [Place(prompt, own, 16, start) for prompt, own in runs]  # noqa: B023
+            part = (tokens[:, start:end], positions[:, start:end], pool, places, [end - start] * rows)  # noqa: B023
+            found = run(*part, None if start else mask[:, :end, :end], picked)  # noqa: B023
+            return found if run.has_head else network.vocabulary_product(found, network.word_embeddings.weight)
+
         # A prompt, three tokens at once, then one by one.
         for start, end in ((0, 16), (16, 19), (19, 20), (20, 21), (21, 22)):
-            visible = None if rows == 1 and end - start == 1 else mask[:, start:end, :end]
-            found = run(tokens[:, start:end], rotary[:, :, start:end], cache.keys, cache.values, start, visible)
-            if not run.has_head:
-                found = network.vocabulary_product(found, network.word_embeddings.weight)
-            assert relative(found, wanted[:, start:end].flatten(0, 1)) < (1e-4 if dtype == torch.float32 else 2e-3)
+            assert relative(pass_of(start, end), wanted[:, start:end].flatten(0, 1)) < limit
         picked = torch.tensor([rows * 16 - 1, 3, 3])
-        again = run(tokens[:, :16], rotary[:, :, :16], cache.keys, cache.values, 0, mask[:, :16, :16], picked)
-        if not run.has_head:
-            again = network.vocabulary_product(again, network.word_embeddings.weight)
-        assert relative(again, wanted[:, :16].flatten(0, 1)[picked]) < (1e-4 if dtype == torch.float32 else 2e-3)
+        assert relative(pass_of(0, 16, picked), wanted[:, :16].flatten(0, 1)[picked]) < limit
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", variants())
+def test_no_bit_depends_on_the_company(monkeypatch, variant: str) -> None:
+    """Alone, in a batch of prompts of other lengths, with a token or several at once: the same numbers."""
+    monkeypatch.setenv(VARIANT, variant)
+    network, _ = network_of(Scheme(4, 32))
+    engine = Engine(network)
+    special = {"sop": 1, "[MASK]": 2, "[gMASK]": 3, "eos": 4, "[sMASK]": 5}
+    rng = np.random.default_rng(0)
+    prompts = [
+        blank_prompt([*rng.integers(9, CONFIG.vocab_size, size=size - 1).tolist(), 2], size - 1, special)
+        for size in (5, 21, 12, 17, 9, 40, 3, 11, 30, 8, 4)
+    ]
+    answers = torch.from_numpy(rng.integers(9, CONFIG.vocab_size, size=(len(prompts), 4)))
+    together = engine.decoding(1000)
+    together.add(prompts, [4] * len(prompts), [1] * len(prompts), [True] * len(prompts))
+    ahead = engine.decoding(1000)
+    ahead.add(prompts[3:6], [4] * 3, [1] * 3, [True] * 3)
+    steps = [together.logits]
+    steps += [together.append(answers[:, step]) for step in range(4)]
+    first = ahead.logits
+    at_once = ahead.append(answers[3:6])
+    for row, prompt in enumerate(prompts):
+        alone = engine.decoding(1000)
+        alone.add([prompt], [4], [1], [True])
+        assert torch.equal(alone.logits[0], steps[0][row])
+        for step in range(4):
+            assert torch.equal(alone.append(answers[row : row + 1, step])[0], steps[step + 1][row])
+    for row in range(3):
+        assert torch.equal(first[row], steps[0][3 + row])
+        for step in range(4):
+            assert torch.equal(at_once[row, step], steps[step + 1][3 + row])
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +219,7 @@ def test_the_engine_writes_as_its_twin(small: Path, monkeypatch) -> None:
         assert relative(one, other.double()) < 2e-3
         if step == 1:
             for decoding in decodings:  # two beams of each
-                decoding.select([0, 0, 1, 1], shared_prompt=False)
+                decoding.select([0, 0, 1, 1])
         if step == 4:
             for decoding in decodings:
                 decoding.select([3, 1])

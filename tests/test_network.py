@@ -10,6 +10,7 @@ from twin import Twin
 
 from openglm import infilling
 from openglm.config import PRESETS, ModelConfig
+from openglm.inference.cache import ColumnPool, Place, PoolView, Run
 from openglm.models.glm130b import GLM130B, RotaryTable, shrink_gradient
 
 SPECIAL = {"pad": 0, "eos": 2, "[MASK]": 3, "[gMASK]": 4, "[sMASK]": 5, "sop": 7, "eop": 8}
@@ -128,27 +129,44 @@ def test_tables_grow_without_changing_and_half_tables_are_coarse():
     assert torch.equal(long[:, 4097, 0], long[:, 4096, 0])
 
 
-def test_the_cache_appends_to_what_was_there():
-    from openglm.inference.cache import StaticCache
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_the_cache_appends_to_what_was_there(dtype):
+    """Two sequences share a prompt; a third one lies elsewhere, and is longer."""
+    pool = ColumnPool(SMALL, 40, dtype=dtype)
+    hole = pool.take(3)
+    prompt, other = pool.take(4), pool.take(9)
+    own = [pool.take(5), pool.take(5)]
+    pool.give_back(hole)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(2, 4, 6, 8, generator=generator)
+    places = [Place(prompt, own[0], 4, 0), Place(other, Run(other.start + 6, 3), 6, 0)]
+    view = PoolView(pool, places, [4, 6])
+    for layer in range(3):
+        keys, _ = view.update(layer, first, -first)
+        assert torch.equal(keys, first)  # a first pass sees what it brings, unrounded
+    places = [Place(prompt, own[0], 4, 4), Place(prompt, own[1], 4, 4), Place(other, Run(other.start + 6, 3), 6, 6)]
+    second = torch.randn(3, 4, 2, 8, generator=generator)
+    view = PoolView(pool, places, [2, 1, 2])
+    for layer in range(3):
+        keys, values = view.update(layer, second, -second)
+    for row, (source, old, new) in enumerate(((0, 4, 2), (0, 4, 1), (1, 6, 2))):
+        wanted = torch.cat([first[source, :, :old], second[row, :, :new]], dim=1)
+        found = keys[row, :, : old + new]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0 if dtype == torch.float32 else 0.02)
+        torch.testing.assert_close(values[row, :, : old + new], -found, rtol=0, atol=1e-6)
+    assert torch.isfinite(keys).all()
 
-    cache = StaticCache(SMALL, rows=3, capacity=5, dtype=torch.float32)
-    buffers = cache.keys.data_ptr(), cache.values.data_ptr()
-    cache.rows = 2
-    first = torch.randn(2, 4, 2, 8)
-    for layer in range(3):
-        cache.update(layer, first, -first)
-    cache.advance(2)
-    cache.select(torch.tensor([1, 0, 1]))
-    second = torch.randn(3, 4, 1, 8)
-    for layer in range(3):
-        keys, values = cache.update(layer, second, -second)
-    cache.advance(1)
-    assert torch.equal(keys, torch.cat([first[[1, 0, 1]], second], dim=2))
-    assert torch.equal(values, -keys)
-    cache.select(torch.tensor([2, 0, 0]), start=2)  # prompts stay, the last column moves
-    keys, _ = cache.update(0, second, second)
-    assert torch.equal(keys[:, :, :3], torch.cat([first[[1, 0, 1]], second[[2, 0, 0]]], dim=2))
-    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == buffers
+
+def test_columns_of_the_cache_are_taken_and_given_back():
+    pool = ColumnPool(SMALL, 10, dtype=torch.float32)
+    first, second, third = pool.take(3), pool.take(4), pool.take(3)
+    with pytest.raises(MemoryError, match="no 1 columns"):
+        pool.take(1)
+    pool.give_back(first)
+    pool.give_back(third)
+    assert pool.free == 6 and pool.fits([3, 3]) and not pool.fits([4]) and pool.free == 6
+    pool.give_back(second)
+    assert pool.take(10) == Run(0, 10)
 
 
 def test_gradient_shrink_scales_gradients_and_nothing_else():

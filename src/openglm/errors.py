@@ -42,6 +42,10 @@ class InputError(OpenGLMError):
     """The text, the ids or an option that a user gave cannot be used."""
 
 
+class BusyError(OpenGLMError):
+    """So many requests are waiting that no more are taken; try again later."""
+
+
 class UnlearnedMaskError(InputError):
     """The prompt holds a mask kind that this model was not trained on."""
 

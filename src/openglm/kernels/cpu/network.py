@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from openglm.kernels.cpu.library import Layer, Matrix, Network, Step, library
 from openglm.kernels.cpu.panels import PanelEmbedding, PanelLinear
 
 #: Types that the cache may have, as panels.h counts them.
-CACHE_TYPES = {torch.float32: 0, torch.float16: 1}
+CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
 class Pass:
@@ -65,6 +66,7 @@ class Pass:
         self.config = config
         self.threads = torch.get_num_threads()
         self._embed = network.embed
+        self._rotary = network.rotary
 
     @staticmethod
     def serves(network: Any) -> bool:
@@ -83,41 +85,52 @@ class Pass:
     def __call__(
         self,
         tokens: Tensor,
-        rotary: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        length: int,
-        visible: Tensor | None = None,
+        positions: Tensor,
+        pool: Any,
+        places: Sequence[Any],
+        counts: Sequence[int],
+        mask: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Logits float32 ``[n, v]``, or without a head what meets it, ``[n, h]``, of all rows or some.
 
-        tokens: int64 ``[b, s]``. rotary: float32 ``[2, b, s, d]``, cosines and sines of the positions. keys, values: float32 or
-        float16 ``[layers, at least b, heads, capacity, d]``; columns ``length`` to ``length + s`` are written. visible: bool
-        ``[b, s, at least length + s]``, True = may be attended to; None = all. rows: int64 ``[n]``, indices into ``[b * s]``.
+        tokens, positions: int64 ``[b, s]``, of which ``counts`` are real, padding on the right. pool: ``ColumnPool``, float32,
+        float16 or int8, in which the sequences have ``places``, and into which the tokens' columns go. mask: bool
+        ``[b, s, s]`` of prompts, True = may be attended to; behind a prompt, a token sees all before it. rows: int64 ``[n]``
+        into ``[b * s]``.
         """
         b, s = tokens.shape
-        tokens, rotary = tokens.contiguous(), rotary.contiguous()
+        tokens = tokens.contiguous()
+        length = max(place.length for place in places) + s
+        rotary = self._rotary.table(max(length, self.config.max_sequence_length), tokens.device, torch.float32)[:, positions]
         rows = torch.arange(b * s) if rows is None else rows.contiguous()
         normed = torch.empty(len(rows), self.config.hidden_size)
         logits = torch.empty(len(rows), self.config.vocab_size) if self.has_head else None
         embeddings = None if self.has_head else self._embed(tokens).float().contiguous()
-        if visible is not None:
-            visible = visible.contiguous()
+        mask = None if mask is None or any(place.length for place in places) else mask.contiguous()
+        where = torch.tensor(
+            [
+                (place.prompt.start, place.shared, place.own.start, place.length, count)
+                for place, count in zip(places, counts, strict=True)
+            ]
+        )
         step = Step(
             b,
             s,
+            where.data_ptr(),
             tokens.data_ptr() if self.has_head else None,
             None if embeddings is None else embeddings.data_ptr(),
             rotary.data_ptr(),
             rotary.data_ptr() + rotary[0].numel() * 4,
-            keys.data_ptr(),
-            values.data_ptr(),
-            *keys.stride()[:3],
-            CACHE_TYPES[keys.dtype],
-            length,
-            None if visible is None else visible.data_ptr(),
-            0 if visible is None else visible.stride(-2),
+            pool.keys.data_ptr(),
+            pool.values.data_ptr(),
+            None if pool.scales is None else pool.scales[0].data_ptr(),
+            None if pool.scales is None else pool.scales[1].data_ptr(),
+            pool.keys.stride(0) // self.config.head_size,
+            pool.columns,
+            CACHE_TYPES[pool.keys.dtype],
+            None if mask is None else mask.data_ptr(),
+            0 if mask is None else mask.stride(-2),
             rows.data_ptr(),
             len(rows),
             normed.data_ptr(),

@@ -53,17 +53,25 @@ typedef struct {
     float alpha, epsilon;
 } Network;
 
-/* A pass: one token for each of some sequences, or a prompt for each. Rows are tokens, sequence by sequence. */
+/* Where a sequence lies in the cache: its columns 0 to `shared` from `prompt` on, the others from `own` on. */
 typedef struct {
-    int64_t sequences, tokens;     /* tokens of each sequence */
+    int64_t prompt, shared, own;
+    int64_t length;                /* columns that are there already */
+    int64_t tokens;                /* of this pass; what is beyond them is padding, on the right */
+} Place;
+
+/* A pass: a token, or some, for each of some sequences, or a prompt for each. Rows are tokens, sequence by sequence. */
+typedef struct {
+    int64_t sequences, tokens;     /* tokens of each sequence, padding included */
+    const Place *places;           /* [sequences] */
     const int64_t *ids;            /* [rows], where the head is packed: it is the embedding too */
     const float *embeddings;       /* [rows][hidden], where it is not */
     const float *cosines, *sines;  /* [rows][head_size] */
-    void *keys, *values;           /* [layers][sequences][heads][capacity][head_size] with these strides, in elements */
-    int64_t layer_stride, sequence_stride, head_stride;
-    int64_t cache_type;            /* 0 float32, 1 float16 */
-    int64_t length;                /* columns that are there already, the same for all sequences */
-    const uint8_t *visible;        /* [rows][visible_stride] over length + tokens columns; NULL = all may be seen */
+    void *keys, *values;           /* [layers][heads][columns][head_size] with these strides, in columns */
+    float *key_scales, *value_scales; /* [layers][heads][columns], for 8 bits */
+    int64_t layer_stride, head_stride;
+    int64_t cache_type;            /* 0 float32, 1 float16, 2 codes of 8 bits */
+    const uint8_t *visible;        /* [rows][visible_stride] over a prompt's columns; NULL = every token sees what is before it */
     int64_t visible_stride;
     const int64_t *picked;         /* rows whose outcome is wanted */
     int64_t num_picked;

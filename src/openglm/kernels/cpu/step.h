@@ -16,6 +16,7 @@ typedef struct {
     const Network *net;
     const Step *step;
     int threads;
+    int prompts;  /* nothing is in the cache yet */
     int64_t rows;
     float *x, *qkv, *mixed, *branch, *gated; /* [rows][hidden], 3 hidden, hidden, hidden, inner */
     Rows *own;         /* of each thread, or all the same where there are many rows */
@@ -96,35 +97,56 @@ static void gated_panels(const Pass *job, const Matrix *m, const Activations *a,
 /* ------------------------------------------------------------------------------------------------------------------------- */
 /* Attention */
 
-static int64_t cache_place(const Step *step, int64_t layer, int64_t sequence, int64_t head) {
-    return layer * step->layer_stride + sequence * step->sequence_stride + head * step->head_stride;
+/* Index of a column of the cache, in columns. */
+static int64_t cache_place(const Step *step, int64_t layer, int64_t head, const Place *place, int64_t column) {
+    const int64_t at = column < place->shared ? place->prompt + column : place->own + column - place->shared;
+    return layer * step->layer_stride + head * step->head_stride + at;
+}
+
+/* Codes of 8 bits, the largest number 127; returns what one stands for. */
+static float store_codes(const float *x, int8_t *out, int64_t d) {
+    float most = 0;
+    for (int64_t k = 0; k < d; k++) most = fmaxf(most, fabsf(x[k]));
+    const float scale = most / 127;
+    for (int64_t k = 0; k < d; k++) out[k] = (int8_t)(scale > 0 ? nearbyintf(x[k] / scale) : 0);
+    return scale;
+}
+
+static void store(const Step *step, void *cache, float *scales, const float *x, int64_t at, int64_t d) {
+    if (step->cache_type == 2) scales[at] = store_codes(x, (int8_t *)cache + at * d, d);
+    else if (step->cache_type == 1) store_half(x, (uint16_t *)cache + at * d, d);
+    else memcpy((float *)cache + at * d, x, d * sizeof *x);
 }
 
 /* Rotate the key of a token and store it with its value; the rotated query, over sqrt(d), goes to `query`. */
 static void enter(const Pass *job, int64_t layer, int64_t row, int64_t head, float *query) {
     const Step *step = job->step;
     const int64_t d = job->net->head_size, hidden = job->net->hidden, token = row % step->tokens;
+    const Place *place = &step->places[row / step->tokens];
     const float *qkv = job->qkv + row * 3 * hidden + head * 3 * d;
     const float *cosines = step->cosines + row * d, *sines = step->sines + row * d;
-    const int64_t at = cache_place(step, layer, row / step->tokens, head) + (step->length + token) * d;
     const float factor = 1.0f / sqrtf((float)d);
     float key[MOST_HEAD];
     rotate(qkv, cosines, sines, d, query);
     for (int64_t k = 0; k < d; k++) query[k] *= factor;
+    if (token >= place->tokens) return;
+    const int64_t at = cache_place(step, layer, head, place, place->length + token);
     rotate(qkv + d, cosines, sines, d, key);
-    if (step->cache_type) {
-        store_half(key, (uint16_t *)step->keys + at, d);
-        store_half(qkv + 2 * d, (uint16_t *)step->values + at, d);
-    } else {
-        memcpy((float *)step->keys + at, key, d * sizeof *key);
-        memcpy((float *)step->values + at, qkv + 2 * d, d * sizeof *key);
-    }
+    store(step, step->keys, step->key_scales, key, at, d);
+    store(step, step->values, step->value_scales, qkv + 2 * d, at, d);
 }
 
 static float dot(const float *x, const float *y, int64_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < n; k++) sum += x[k] * y[k];
+    return sum;
+}
+
+static float dot_codes(const int8_t *x, const float *y, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < n; k++) sum += (float)x[k] * y[k];
     return sum;
 }
 
@@ -144,32 +166,53 @@ static float soften(float *scores, int64_t n) {
     return sum;
 }
 
-/* One token of one head, straight from the cache. */
-static void attend_one(const Pass *job, int64_t layer, int64_t row, int64_t head, float *scores) {
+/* Scores of columns that lie one behind the other. */
+static void score_run(const Step *step, int64_t at, int64_t count, const float *query, int64_t d, float *scores) {
+    if (step->cache_type == 2) {
+        const int8_t *keys = (const int8_t *)step->keys + at * d;
+        for (int64_t t = 0; t < count; t++) scores[t] = step->key_scales[at + t] * dot_codes(keys + t * d, query, d);
+    } else if (step->cache_type == 1) {
+        const uint16_t *keys = (const uint16_t *)step->keys + at * d;
+        for (int64_t t = 0; t < count; t++) scores[t] = dot_half(keys + t * d, query, d);
+    } else {
+        const float *keys = (const float *)step->keys + at * d;
+        for (int64_t t = 0; t < count; t++) scores[t] = dot(keys + t * d, query, d);
+    }
+}
+
+/* out += weights times values of columns that lie one behind the other. */
+static void add_run(const Step *step, int64_t at, int64_t count, const float *weights, int64_t d, float *out) {
+    if (step->cache_type == 2) {
+        const int8_t *values = (const int8_t *)step->values + at * d;
+        for (int64_t t = 0; t < count; t++) {
+            const float weight = weights[t] * step->value_scales[at + t];
+            for (int64_t k = 0; k < d; k++) out[k] += weight * (float)values[t * d + k];
+        }
+    } else if (step->cache_type == 1) {
+        const uint16_t *values = (const uint16_t *)step->values + at * d;
+        for (int64_t t = 0; t < count; t++) add_half(weights[t], values + t * d, out, d);
+    } else {
+        const float *values = (const float *)step->values + at * d;
+        for (int64_t t = 0; t < count; t++)
+            for (int64_t k = 0; k < d; k++) out[k] += weights[t] * values[t * d + k];
+    }
+}
+
+/* One token of one head, straight from the cache: it sees all before it. What it computes does not depend on other rows. */
+static void attend_one(const Pass *job, int64_t layer, int64_t row, int64_t head, const float *query, float *scores) {
     const Step *step = job->step;
-    const int64_t d = job->net->head_size, columns = step->length + 1, at = cache_place(step, layer, row, head);
-    const uint8_t *visible = step->visible ? step->visible + row * step->visible_stride : NULL;
-    float query[MOST_HEAD], *out = job->mixed + row * job->net->hidden + head * d;
-    enter(job, layer, row, head, query);
-    if (step->cache_type) {
-        const uint16_t *keys = (const uint16_t *)step->keys + at;
-        for (int64_t t = 0; t < columns; t++) scores[t] = visible && !visible[t] ? HIDDEN : dot_half(keys + t * d, query, d);
-    } else {
-        const float *keys = (const float *)step->keys + at;
-        for (int64_t t = 0; t < columns; t++) scores[t] = visible && !visible[t] ? HIDDEN : dot(keys + t * d, query, d);
-    }
-    float sum = soften(scores, columns);
+    const Place *place = &step->places[row / step->tokens];
+    const int64_t d = job->net->head_size, token = row % step->tokens, columns = place->length + token + 1;
+    const int64_t shared = place->shared < columns ? place->shared : columns;
+    float *out = job->mixed + row * job->net->hidden + head * d;
     memset(out, 0, d * sizeof *out);
-    if (step->cache_type) {
-        const uint16_t *values = (const uint16_t *)step->values + at;
-        for (int64_t t = 0; t < columns; t++)
-            if (scores[t] != 0) add_half(scores[t], values + t * d, out, d);
-    } else {
-        const float *values = (const float *)step->values + at;
-        for (int64_t t = 0; t < columns; t++)
-            if (scores[t] != 0)
-                for (int64_t k = 0; k < d; k++) out[k] += scores[t] * values[t * d + k];
-    }
+    if (token >= place->tokens) return;
+    const int64_t prompt = cache_place(step, layer, head, place, 0), own = cache_place(step, layer, head, place, shared);
+    score_run(step, prompt, shared, query, d, scores);
+    score_run(step, own, columns - shared, query, d, scores + shared);
+    const float sum = soften(scores, columns);
+    add_run(step, prompt, shared, scores, d, out);
+    add_run(step, own, columns - shared, scores + shared, d, out);
     for (int64_t k = 0; k < d; k++) out[k] /= sum;
 }
 
@@ -177,16 +220,19 @@ static int64_t round_up(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
 /* Floats that attend_block needs: keys, values, scores, and queries of a tile. */
 static size_t block_space(const Pass *job) {
-    int64_t columns = round_up(job->step->length + job->step->tokens), d = round_up(job->net->head_size);
+    int64_t columns = round_up(job->step->tokens), d = round_up(job->net->head_size);
     return (size_t)(2 * columns * d + TILE * columns + TILE * d);
 }
 
-/* A row of the cache in float32. */
-static inline void cache_row(const Step *step, const void *cache, int64_t at, int64_t d, float *out) {
-    if (step->cache_type) {
+/* A column of the cache in float32. */
+static inline void cache_column(const Step *step, const void *cache, const float *scales, int64_t at, int64_t d, float *out) {
+    if (step->cache_type == 2) {
+        const int8_t *codes = (const int8_t *)cache + at * d;
+        for (int64_t k = 0; k < d; k++) out[k] = scales[at] * (float)codes[k];
+    } else if (step->cache_type == 1) {
         memset(out, 0, d * sizeof *out);
-        add_half(1.0f, (const uint16_t *)cache + at, out, d);
-    } else memcpy(out, (const float *)cache + at, d * sizeof *out);
+        add_half(1.0f, (const uint16_t *)cache + at * d, out, d);
+    } else memcpy(out, (const float *)cache + at * d, d * sizeof *out);
 }
 
 typedef float Wide __attribute__((vector_size(WIDTH * sizeof(float)), may_alias));
@@ -207,20 +253,21 @@ static inline void weigh(const Wide *block, int64_t n, const float *weights, int
     out[3 * out_stride] = d;
 }
 
-/* Some queries of one head of one sequence. Keys are copied as [columns / 16][d][16] and values as [d / 16][columns][16], so
+/* Some queries of one head of one prompt. Keys are copied as [columns / 16][d][16] and values as [d / 16][columns][16], so
  * that 16 numbers lie side by side wherever they are added up. */
 static void attend_block(const Pass *job, int64_t layer, int64_t sequence, int64_t head, int64_t first, int64_t end, float *space) {
     const Step *step = job->step;
-    const int64_t d = job->net->head_size, wide = round_up(d), seen = step->length + step->tokens, columns = round_up(seen);
-    const int64_t at = cache_place(step, layer, sequence, head);
+    const Place *place = &step->places[sequence];
+    const int64_t d = job->net->head_size, wide = round_up(d), seen = place->tokens, columns = round_up(seen);
     float *keys = space, *values = keys + columns * wide, *scores = values + columns * wide, *query = scores + TILE * columns;
     float line[MOST_HEAD + WIDTH] = {0};
     memset(keys, 0, 2 * columns * wide * sizeof *keys);
     for (int64_t t = 0; t < seen; t++) {
-        cache_row(step, step->keys, at + t * d, d, line);
+        const int64_t at = cache_place(step, layer, head, place, t);
+        cache_column(step, step->keys, step->key_scales, at, d, line);
         float *to = keys + t / WIDTH * WIDTH * wide + t % WIDTH;
         for (int64_t k = 0; k < d; k++) to[k * WIDTH] = line[k];
-        cache_row(step, step->values, at + t * d, d, line);
+        cache_column(step, step->values, step->value_scales, at, d, line);
         for (int64_t k = 0; k < wide; k += WIDTH) memcpy(values + k * columns + t * WIDTH, line + k, WIDTH * sizeof *line);
     }
     for (int64_t q0 = first; q0 < end; q0 += TILE) {
@@ -236,7 +283,8 @@ static void attend_block(const Pass *job, int64_t layer, int64_t sequence, int64
             if (step->visible) {
                 const uint8_t *visible = step->visible + (sequence * step->tokens + q0 + b) * step->visible_stride;
                 for (int64_t t = 0; t < seen; t++) own[t] = visible[t] ? own[t] : HIDDEN;
-            }
+            } else
+                for (int64_t t = q0 + b + 1; t < seen; t++) own[t] = HIDDEN;
             sums[b] = 1 / fmaxf(soften(own, seen), SMALLEST); /* padding sees nothing: 0, for what is not finite spreads */
             for (int64_t t = seen; t < columns; t++) own[t] = 0;
         }
@@ -255,8 +303,11 @@ static void attention(const Pass *job, int64_t layer, Counter *counter, float *s
     const int64_t heads = job->net->heads, tokens = job->step->tokens, d = job->net->head_size;
     int64_t first, end;
     if (tokens == 1) {
-        while (next_piece(counter, job->rows * heads, 1, &first, &end))
-            attend_one(job, layer, first / heads, first % heads, space);
+        while (next_piece(counter, job->rows * heads, 1, &first, &end)) {
+            float query[MOST_HEAD];
+            enter(job, layer, first / heads, first % heads, query);
+            attend_one(job, layer, first / heads, first % heads, query, space);
+        }
         return;
     }
     while (next_piece(counter, job->rows, 4, &first, &end))
@@ -267,6 +318,13 @@ static void attention(const Pass *job, int64_t layer, Counter *counter, float *s
                 memcpy(job->qkv + row * 3 * job->net->hidden + head * 3 * d, query, d * sizeof *query);
             }
     pool_barrier();
+    if (!job->prompts) {
+        while (next_piece(counter + 1, job->rows * heads, 1, &first, &end)) {
+            const float *query = job->qkv + first / heads * 3 * job->net->hidden + first % heads * 3 * d;
+            attend_one(job, layer, first / heads, first % heads, query, space);
+        }
+        return;
+    }
     const int64_t blocks = (tokens + QUERY_BLOCK - 1) / QUERY_BLOCK;
     while (next_piece(counter + 1, job->step->sequences * heads * blocks, 1, &first, &end)) {
         const int64_t block = first % blocks * QUERY_BLOCK, head = first / blocks % heads;
@@ -345,7 +403,10 @@ static int step(const Network *net, const Step *given, int threads) {
     const int64_t rows = given->sequences * given->tokens, hidden = net->hidden, count = PHASES * net->num_layers + 3;
     const int copies = rows > FEW_ROWS ? 1 : threads;
     Pass job = {.net = net, .step = given, .threads = threads, .rows = rows};
-    const size_t of_attention = (given->tokens == 1 ? (size_t)given->length + 1 : block_space(&job)) * sizeof(float);
+    int64_t longest = 0;
+    for (int64_t i = 0; i < given->sequences; i++) longest = given->places[i].length > longest ? given->places[i].length : longest;
+    job.prompts = longest == 0 && given->tokens > 1;
+    const size_t of_attention = (job.prompts ? block_space(&job) : (size_t)(longest + given->tokens)) * sizeof(float);
     size_t shared = (size_t)rows * (6 * hidden + net->inner) * 4 + count * sizeof(Counter) + threads * (sizeof(Rows) + 8) + 12 * 64;
     size_t own = (size_t)rows * hidden * 4 + 64 + activation_bytes(&layer->query_key_value, rows) +
                  activation_bytes(&layer->four_h_to_h, rows) + (net->head.panels ? activation_bytes(&net->head, given->num_picked) : 0);

@@ -1,0 +1,259 @@
+"""Sequences that are being written side by side: their places in the cache, and the logits of their next tokens.
+
+Prompts are read whole, for part A is seen by everybody; only then they are written on, a token (or a few) of each at a time.
+Sequences may join and leave between any two steps. Prompts that are equal are read once, and kept once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openglm.errors import InputError
+from openglm.inference.cache import ColumnPool, Place, PoolView, Run
+from openglm.infilling import Batch, Prompt
+from openglm.kernels.cpu.network import Pass
+from openglm.models.glm130b import GLM130B
+
+
+@dataclass(eq=False)
+class _Shared:
+    """A prompt in the cache, and who uses it."""
+
+    prompt: Prompt
+    key: bytes
+    run: Run
+    logits: Tensor
+    """float ``[v]``, behind the prompt."""
+    alone: bool
+    rows: int = 0
+    spare: list[Run] = field(default_factory=list)
+    """Runs that its sequences may take when they fork."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence."""
+
+    shared: _Shared
+    place: Place
+    alone: bool
+    """Computed by itself, so that no bit of its numbers depends on who is beside it."""
+
+    @property
+    def written(self) -> int:
+        """Tokens behind the prompt."""
+        return self.place.length - self.place.shared
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be written."""
+        return self.place.own.count - self.written
+
+
+class Decoding:
+    """Sequences over one pool of columns. Row i of ``logits`` belongs to ``rows[i]``.
+
+    Prompts read in one pass are padded on the "right", or on the "left".
+    """
+
+    def __init__(self, network: GLM130B, kernel: Pass | None, pool: ColumnPool, *, padding: str = "right") -> None:
+        self._network, self._kernel, self.pool, self._padding = network, kernel, pool, padding
+        self._prompts: dict[bytes, _Shared] = {}
+        self.rows: list[Row] = []
+        self.logits = torch.empty(0, network.config.vocab_size, device=pool.keys.device)
+        """float32 ``[rows, v]`` (float64 where the network is): scores of the next token of each."""
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sequences come and go
+
+    def needs(
+        self, prompts: Sequence[Prompt], rooms: Sequence[int], copies: Sequence[int], alone: Sequence[bool] | None = None
+    ) -> list[int]:
+        """Columns that rows for these prompts would take, run by run; a prompt that is there already takes none."""
+        known, runs = set(self._prompts), list[int]()
+        for index, (prompt, room, count) in enumerate(zip(prompts, rooms, copies, strict=True)):
+            key = _key(prompt, alone is not None and alone[index])
+            runs += [room] * count if key in known else [len(prompt.layout) + room, *[room] * (count - 1)]
+            known.add(key)
+        return runs
+
+    @torch.inference_mode()
+    def add(
+        self, prompts: Sequence[Prompt], rooms: Sequence[int], copies: Sequence[int], alone: Sequence[bool] | None = None
+    ) -> None:
+        """One more row for each prompt, each with room for so many tokens, able to fork into ``copies`` rows.
+
+        Prompts that are not in the cache yet are read in one pass, those of rows ``alone`` in passes of their own. Raises
+        ``MemoryError``, before anything has changed, where the pool is too small.
+        """
+        alone = [False] * len(prompts) if alone is None else alone
+        if not self.pool.fits(self.needs(prompts, rooms, copies, alone)):
+            raise MemoryError("the cache has no room for these prompts and their answers")
+        new: list[_Shared] = []
+        places: list[tuple[_Shared, Run]] = []
+        for prompt, room, count, own_pass in zip(prompts, rooms, copies, alone, strict=True):
+            key = _key(prompt, own_pass)
+            shared = self._prompts.get(key)
+            if shared is None:
+                whole = self.pool.take(len(prompt.layout) + room)
+                run, own = Run(whole.start, len(prompt.layout)), Run(whole.start + len(prompt.layout), room)
+                shared = self._prompts[key] = _Shared(prompt, key, run, self.logits.new_empty(0), own_pass)
+                new.append(shared)
+            else:
+                own = self.pool.take(room)
+            shared.rows += 1
+            shared.spare += [self.pool.take(room) for _ in range(count - 1)]
+            places.append((shared, own))
+        for part in self._passes([shared.alone for shared in new]):
+            chosen = [new[index] for index in part]
+            for shared, logits in zip(chosen, self._read(chosen), strict=True):
+                shared.logits = logits
+        for (shared, own), own_pass in zip(places, alone, strict=True):
+            length = shared.run.count
+            self.rows.append(Row(shared, Place(shared.run, own, length, length), own_pass))
+        found = torch.stack([shared.logits for shared, _ in places])
+        self.logits = torch.cat([self.logits, found]) if len(self.logits) else found
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes the former row ``rows[i]``; one that appears again is forked: its answer so far is copied."""
+        kept, old = set(rows), self.rows
+        for index, row in enumerate(old):
+            if index not in kept:
+                self._drop(row)
+        chosen: list[Row] = []
+        seen: set[int] = set()
+        for index in rows:
+            row = old[index]
+            if index in seen:
+                row = self._fork(row)
+            seen.add(index)
+            chosen.append(row)
+        if list(rows) != list(range(len(old))):
+            self.logits = self.logits[torch.tensor(rows, dtype=torch.int64, device=self.logits.device)]
+        self.rows = chosen
+
+    def _fork(self, row: Row) -> Row:
+        place = row.place
+        own = row.shared.spare.pop() if row.shared.spare else self.pool.take(place.own.count)
+        made = Place(place.prompt, own, place.shared, place.length)
+        self.pool.copy(place.columns(place.shared, place.length), made.columns(place.shared, place.length))
+        row.shared.rows += 1
+        return Row(row.shared, made, row.alone)
+
+    def _drop(self, row: Row) -> None:
+        shared = row.shared
+        shared.rows -= 1
+        shared.spare.append(row.place.own)
+        if shared.rows == 0:
+            for run in [shared.run, *shared.spare]:
+                self.pool.give_back(run)
+            del self._prompts[shared.key]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Passes
+
+    def _passes(self, alone: Sequence[bool]) -> list[list[int]]:
+        """Which rows go together: all, where a kernel gives each the same numbers in any company."""
+        apart = [False] * len(alone) if self._kernel is not None else alone
+        together = [index for index, own in enumerate(apart) if not own]
+        return [*([together] if together else []), *([index] for index, own in enumerate(apart) if own)]
+
+    def _read(self, new: list[_Shared]) -> Tensor:
+        """Logits ``[n, v]`` behind prompts, which go into the cache."""
+        layouts = [shared.prompt.layout for shared in new]
+        batch = Batch.stack(layouts, padding=self._padding, device=self.pool.keys.device)
+        width = batch.tokens.shape[1]
+        counts = [shared.run.count for shared in new]
+        places = [Place(shared.run, shared.run, shared.run.count, 0) for shared in new]
+        left = self._padding == "left"
+        last = torch.tensor([row * width + (width if left else count) - 1 for row, count in enumerate(counts)])
+        alone = any(shared.alone for shared in new)
+        return self._pass(batch.tokens, batch.positions, batch.mask, places, counts, alone, last, left)
+
+    @torch.inference_mode()
+    def append(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Feed one token a row, int64 ``[rows]``; the logits behind it ``[rows, v]``.
+
+        Or some: ``[rows, s]``, ``counts`` of each row, what is beyond them is ignored; then ``[rows, s, v]`` come back, of
+        which the last of each row stays in ``logits``. ``shorten`` takes tokens back.
+        """
+        several = tokens.dim() == 2
+        tokens = tokens if several else tokens[:, None]
+        counts = [tokens.shape[1]] * len(self.rows) if counts is None else list(counts)
+        for row, count in zip(self.rows, counts, strict=True):
+            if count > row.room:
+                raise InputError(f"a sequence has room for {row.room} more tokens, not for {count}")
+        parts = self._passes([row.alone for row in self.rows])
+        found = [self._step(tokens[part], part, [counts[index] for index in part]) for part in parts]
+        if len(found) == 1:
+            logits = found[0]
+        else:
+            order = np.argsort([index for part in parts for index in part])
+            logits = torch.cat(found)[torch.from_numpy(order).to(tokens.device)]
+        for row, count in zip(self.rows, counts, strict=True):
+            row.place.length += count
+        last = torch.tensor([count - 1 for count in counts], device=logits.device)
+        self.logits = logits[:, 0] if tokens.shape[1] == 1 else logits[torch.arange(len(logits), device=logits.device), last]
+        return logits if several else self.logits
+
+    def shorten(self, row: int, count: int) -> None:
+        """Take the last ``count`` tokens of a row back; its logits are then the caller's to set."""
+        self.rows[row].place.length -= count
+
+    def _step(self, tokens: Tensor, rows: list[int], counts: list[int]) -> Tensor:
+        """Logits ``[n, s, v]`` behind tokens ``[n, s]`` of some rows."""
+        device, (b, s) = tokens.device, tokens.shape
+        chosen = [self.rows[index] for index in rows]
+        first = np.asarray([row.written for row in chosen])[:, None] + np.arange(s)
+        start = np.asarray([[row.shared.prompt.answer_start, row.shared.prompt.answer_step] for row in chosen])
+        positions = torch.from_numpy(start[:, :1] + start[:, 1:] * first).to(device)
+        lengths = np.asarray([row.place.length for row in chosen])
+        mask = None
+        if s > 1 or len(set(lengths.tolist())) > 1:
+            seen = lengths[:, None] + np.arange(1, s + 1)  # columns that each token may see
+            mask = torch.from_numpy(np.arange(max(lengths + np.asarray(counts))) < seen[:, :, None]).to(device)
+        alone = any(row.alone for row in chosen)
+        logits = self._pass(tokens, positions, mask, [row.place for row in chosen], counts, alone)
+        return logits.view(b, s, -1)
+
+    def _pass(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        places: list[Place],
+        counts: list[int],
+        alone: bool,
+        rows: Tensor | None = None,
+        left: bool = False,
+    ) -> Tensor:
+        """Logits of all tokens ``[b * s, v]``, or of some ``[n, v]``."""
+        if self._kernel is not None and not left:
+            found = self._kernel(tokens, positions, self.pool, places, counts, mask, rows)
+            if not self._kernel.has_head:
+                matrix = self._network.word_embeddings.weight
+                found = torch.cat(
+                    [self._network.vocabulary_product(part, matrix) for part in found.split(1 if alone else len(found))]
+                )
+            return single(found)
+        view = PoolView(self.pool, places, counts, left=left)
+        hidden = self._network.hidden_states(tokens, positions, mask, cache=view).flatten(0, 1)
+        return single(self._network.logits(hidden if rows is None else hidden[rows.to(hidden.device)]))
+
+
+def _key(prompt: Prompt, alone: bool) -> bytes:
+    """The same for prompts that the network reads alike."""
+    layout = prompt.layout
+    numbers = np.asarray([alone, layout.context, prompt.answer_start, prompt.answer_step, *layout.positions, *layout.tokens])
+    return numbers.tobytes()
+
+
+def single(logits: Tensor) -> Tensor:
+    """Scores are compared and summed in float32, whatever the network computes in (float64 stays)."""
+    return logits if logits.dtype == torch.float64 else logits.float()
