@@ -63,12 +63,16 @@ class Engine:
     def apart(self, request: Request) -> bool:
         """Whether a request is to be computed so that no bit depends on its companions.
 
-        The requests that have a seed, unless they say otherwise, where numbers are rounded so much that it shows: in half
-        precision and quantized. In float32 a companion changes a text only where two tokens tie within 1e-5.
+        Left to us, those with a seed are, where numbers are rounded so much that it shows: in half precision and quantized. In
+        float32 a companion changes a text only where two tokens tie within 1e-5.
         """
-        if request.deterministic is not None:
-            return request.deterministic
-        return request.settings.seed is not None and (self.kernel is not None or self.dtype.itemsize < 4)
+        asked = request.settings.deterministic
+        return asked if asked is not None else request.settings.seed is not None and self.rounds
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes in half precision or in kernels for quantized weights."""
+        return self.kernel is not None or self.dtype.itemsize < 4
 
     def decoding(self, columns: int, *, padding: str = "right") -> Decoding:
         """Room for sequences of so many columns together, prompts and answers."""

@@ -42,6 +42,9 @@ class SamplingSettings:
     """Tokens of one answer at most, the end token included."""
     seed: int | None = None
     """The same seed gives the same answer, whatever else stands in the batch."""
+    deterministic: bool | None = None
+    """No bit of an answer depends on what else stands in the batch; None: where there is a seed. Quantized networks in the CPU
+    kernels are so at no cost; others compute each text by itself then."""
     stop: tuple[str, ...] = ()
     """An answer ends before the first of these texts."""
 
@@ -66,6 +69,7 @@ class SamplingSettings:
         _check(_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number of at least 1")
         _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         _check(self.seed is None or _whole(self.seed), "seed", self.seed, "a whole number")
+        _check(self.deterministic in (None, True, False), "deterministic", self.deterministic, "True, False or None")
         _check(all(isinstance(text, str) and text for text in stop), "stop", self.stop, "texts that are not empty")
 
     @classmethod

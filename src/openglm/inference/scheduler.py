@@ -71,8 +71,6 @@ class Request:
     """For draws."""
     forbidden: Tensor | None = None
     """bool ``[v]``: ids that are never written."""
-    deterministic: bool | None = None
-    """No bit depends on other requests; None: where the settings have a seed."""
     writer: Writer | None = None
     """Of several sequences; None: one sequence, greedily or by draws."""
     number: int = 0
@@ -244,7 +242,9 @@ class Scheduler:
         return proposals
 
     def _may_draft(self, row: int, request: Request) -> bool:
-        return request.writer is None and not self._engine.apart(request) and self._decoding.rows[row].room > 1
+        # A token alone and several at once give the same bits in the kernels only.
+        exact = self._engine.kernel is not None or not self._engine.apart(request)
+        return exact and request.writer is None and self._decoding.rows[row].room > 1
 
     def _choose(self, proposals: list[list[int]], new: int) -> list[Token]:
         """The next token of every row, and the rows and tokens of the next step."""
