@@ -64,7 +64,7 @@ def test_the_command() -> None:
 
 
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(monkeypatch) -> None:
-    monkeypatch.setattr("openglm.inference.glm.total_memory", lambda: 450_000_000)
+    monkeypatch.setattr("openglm.inference.loading.total_memory", lambda: 450_000_000)
     with pytest.raises(InputError, match="it does not fit: float32, context 1: this process needs"):
         openglm.load("nano")
     assert openglm.load("nano", dtype="float16").config.num_layers == 8  # memory-mapped as stored

@@ -239,7 +239,8 @@ def test_a_narrow_cache_is_nearly_as_good(quantized, dtype):
         prompt = generation_prompt(glm.tokenizer.encode(TEXTS[3]), special, kind="[gMASK]")  # pyright: ignore
         found = []
         for narrow in (torch.float32, dtype):
-            kept, glm.engine.cache_dtype = glm.engine.cache_dtype, narrow
+            kept = glm.engine.cache_dtype
+            glm.engine.set_cache_dtype(narrow)
             try:
                 decoding = glm.engine.prefill([prompt, prompt], 6, copies=2)
                 decoding.select([0, 0, 1])

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
         TokenizerError,
         UnlearnedMaskError,
     )
-    from openglm.inference.glm import GLM, load
+    from openglm.inference.glm import GLM
+    from openglm.inference.loading import load
     from openglm.inference.results import ChoiceScore, FillResult, GenerateResult, ScoreResult, Span
     from openglm.inference.sampling import SamplingSettings
     from openglm.tokenizers import load_tokenizer
@@ -39,7 +40,8 @@ _ROOMS = {
         "TokenizerError",
         "UnlearnedMaskError",
     ),
-    "openglm.inference.glm": ("GLM", "load"),
+    "openglm.inference.glm": ("GLM",),
+    "openglm.inference.loading": ("load",),
     "openglm.inference.results": ("ChoiceScore", "FillResult", "GenerateResult", "ScoreResult", "Span"),
     "openglm.inference.sampling": ("SamplingSettings",),
     "openglm.tokenizers": ("load_tokenizer",),

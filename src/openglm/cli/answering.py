@@ -30,6 +30,8 @@ class Request:
     download: bool = False
     device: str | None = None
     dtype: str | None = None
+    cache_dtype: str | None = None
+    draft: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of ``GLM.fill`` and ``GLM.generate``, only those that were given."""
     json: bool = False
@@ -43,7 +45,14 @@ class Request:
 
         with as_options():
             SamplingSettings.of(**self.settings)
-        return load_model(self.model, download=self.download, dtype=self.dtype, device=self.device)
+            return load_model(
+                self.model,
+                download=self.download,
+                dtype=self.dtype,
+                device=self.device,
+                cache_dtype=self.cache_dtype,
+                draft=self.draft,
+            )
 
     def check(self, text: str, place: str = "the text") -> None:
         """Refuse what no model can answer. Raises ``InputError``."""
@@ -99,6 +108,8 @@ class Request:
         if bare:
             console.note(f"{bare:,} of {len(lines):,} texts have no [MASK], so they are continued")
         job = {"task": self.task, "model": self.model, "dtype": self.dtype, **self.settings}
+        if self.cache_dtype is not None:
+            job["cache_dtype"] = self.cache_dtype
         results = open_results(output, lines, name, job) if output is not None else None
         try:
             run_batch(

@@ -32,6 +32,8 @@ def fill(
     download: options.Download = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache_dtype: options.CacheDtype = None,
+    draft: options.Draft = None,
     max_tokens: options.MaxTokens = None,
     min_tokens: options.MinTokens = None,
     num_beams: options.NumBeams = None,
@@ -74,7 +76,7 @@ def fill(
         seed=seed,
         stop=stop,
     )
-    request = Request("fill", model, download, device, dtype, settings, json, batch_size)
+    request = Request("fill", model, download, device, dtype, cache_dtype, draft, settings, json, batch_size)
     if show_layout:
         from openglm.cli.layout import show_layout as show
 

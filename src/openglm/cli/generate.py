@@ -28,6 +28,8 @@ def generate(
     download: options.Download = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache_dtype: options.CacheDtype = None,
+    draft: options.Draft = None,
     max_tokens: options.MaxTokens = None,
     min_tokens: options.MinTokens = None,
     num_beams: options.NumBeams = None,
@@ -62,4 +64,4 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    Request("generate", model, download, device, dtype, settings, json, batch_size).run(text, input, output)
+    Request("generate", model, download, device, dtype, cache_dtype, draft, settings, json, batch_size).run(text, input, output)

@@ -98,12 +98,22 @@ def open_source(model: str, *, download: bool = False) -> ModelSource:
     return open_model(folder)
 
 
-def load_model(model: str, *, download: bool = False, dtype: str | None = None, device: str | None = None) -> GLM:
+def load_model(
+    model: str,
+    *,
+    download: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    cache_dtype: str | None = None,
+    draft: str | None = None,
+) -> GLM:
     """The model, ready to answer; what the loader deduced goes to stderr. Imports torch."""
     folder = model_folder(model, download=download)  # a wrong name is told before torch is imported
-    from openglm.inference.glm import load
+    if draft is not None and draft != "lookup":
+        model_folder(draft)
+    from openglm.inference.loading import load
 
-    glm = load(str(folder), dtype=dtype, device=device)
+    glm = load(str(folder), dtype=dtype, device=device, cache_dtype=cache_dtype, draft=draft)
     for line in glm.notes:
         console.note(f"note: {line}")
     return glm

@@ -34,6 +34,25 @@ Dtype = Annotated[
     ),
 ]
 
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Keep keys and values in float32, float16, bfloat16 or int8; else as the model computes.",
+        autocompletion=lambda incomplete: [d for d in ("float32", "float16", "bfloat16", "int8") if d.startswith(incomplete)],
+        rich_help_panel=_MODEL,
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL|lookup",
+        help="Same answers, sooner: a smaller model proposes them, or what stands in the text already does.",
+        autocompletion=complete_model,
+        rich_help_panel=_MODEL,
+    ),
+]
+
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens (64).", rich_help_panel=_SEARCH)]
 MinTokens = Annotated[int | None, typer.Option(metavar="N", help="Shortest answer in tokens.", rich_help_panel=_SEARCH)]
 NumBeams = Annotated[int | None, typer.Option(metavar="N", help="Beam search with N beams.", rich_help_panel=_SEARCH)]

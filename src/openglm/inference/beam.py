@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openglm.inference.engine import Engine
 from openglm.inference.sampling import FORBIDDEN, SamplingSettings
-from openglm.inference.scheduler import Choice, Request
+from openglm.inference.scheduler import Choice, Request, Token
 from openglm.infilling import Prompt
 
 
@@ -29,6 +29,10 @@ class Hypothesis:
     """Sum of log-probabilities after forbidding; penalised by length if the answer is finished."""
     log_probabilities: tuple[float, ...]
     """Of each token, by the network alone."""
+
+    def as_tokens(self, ends: Sequence[int]) -> list[Token]:
+        """As they would come one by one."""
+        return [Token(0, token, log, token in ends) for token, log in zip(self.tokens, self.log_probabilities, strict=True)]
 
 
 @dataclass
@@ -175,7 +179,8 @@ def beam_search(
     32 on the right and lets the padding count as length (``count_padding``); otherwise a batch equals its members.
     """
     longest = -(-max(len(prompt.layout) for prompt in prompts) // multiple) * multiple
-    scheduler = engine.scheduler(prompts, rooms, num_beams)
+    columns = sum(len(prompt.layout) + num_beams * room for prompt, room in zip(prompts, rooms, strict=True))
+    scheduler = engine.scheduler(columns, most_rows=num_beams * len(prompts))
     writers = []
     for prompt, room in zip(prompts, rooms, strict=True):
         ids = prompt.layout.tokens.tolist()

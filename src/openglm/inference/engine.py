@@ -34,8 +34,7 @@ class Engine:
         self.kernel = Pass(network) if self.dtype == torch.float32 and Pass.serves(network) else None
         """Runs prompts and steps in one call each, where the network is quantized and on a CPU."""
         self.cache_dtype = self.dtype if self.kernel is None else torch.float16
-        """Of keys and values: the network's, or half of it where the kernel reads that as fast as it comes. May be set, to
-        torch.int8 for instance."""
+        """Of keys and values: the network's, or half of it where the kernel reads that as fast as it comes."""
         self.drafter: Drafter | None = None
         """Proposes tokens that are checked several at once; see ``speculation``."""
 
@@ -48,6 +47,15 @@ class Engine:
     def dtype(self) -> torch.dtype:
         """The dtype of weights and cache."""
         return self._anchor.dtype
+
+    def set_cache_dtype(self, dtype: str | torch.dtype) -> None:
+        """Keep keys and values in another type. Raises ``InputError`` for one that there is not, or not on this machine."""
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        allowed = [torch.float32, torch.float16, torch.int8] + ([torch.bfloat16] if self.kernel is None else [])
+        if found not in allowed:
+            names = ", ".join(str(own).removeprefix("torch.") for own in allowed)
+            raise InputError(f"the cache is kept in {names}, not in {dtype}", key="cache_dtype")
+        self.cache_dtype = found
 
     @contextlib.contextmanager
     def one_thread(self) -> Iterator[None]:
@@ -91,12 +99,9 @@ class Engine:
         made.add(prompts, [room] * len(prompts), [copies] * len(prompts))
         return made
 
-    def scheduler(
-        self, prompts: Sequence[Prompt], rooms: Sequence[int], width: int = 1, *, padding: str = "right"
-    ) -> Scheduler:
-        """A scheduler with a cache for these prompts side by side, of so many sequences each."""
-        columns = sum(len(prompt.layout) + width * room for prompt, room in zip(prompts, rooms, strict=True))
-        return Scheduler(self, columns, most_rows=width * len(prompts), padding=padding, drafter=self.drafter)
+    def scheduler(self, columns: int, *, most_rows: int = 256, padding: str = "right") -> Scheduler:
+        """Runs requests side by side over a cache of so many columns."""
+        return Scheduler(self, columns, most_rows=most_rows, padding=padding, drafter=self.drafter)
 
     @torch.inference_mode()
     def log_probabilities(self, layout: Layout, rows: Sequence[int]) -> Tensor:
@@ -150,7 +155,8 @@ class Generation:
         forbidden: Tensor | None,
         padding: str,
     ) -> None:
-        self._scheduler = engine.scheduler(prompts, rooms, padding=padding)
+        columns = sum(len(prompt.layout) + room for prompt, room in zip(prompts, rooms, strict=True))
+        self._scheduler = engine.scheduler(columns, most_rows=len(prompts), padding=padding)
         drawn: Sequence[torch.Generator | None] = generators or [None] * len(prompts)
         self._requests = [
             self._scheduler.submit(Request(prompt, settings, ends, room, generator, forbidden))

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openglm.bundled import find_model
-from openglm.checkpoints import ModelSource, empty_network, load_into, network_from_state, open_model, resolve_device
-from openglm.checkpoints.layout import dtype_name, resolve_dtype
+from openglm.checkpoints import network_from_state
 from openglm.config import ModelConfig
 from openglm.errors import InputError, UnlearnedMaskError
-from openglm.inference.beam import beam_search
+from openglm.inference.beam import BeamWriter, beam_search
 from openglm.inference.engine import Engine
 from openglm.inference.results import ChoiceScore, FillResult, GenerateResult, ScoreResult
 from openglm.inference.sampling import SamplingSettings, make_generator
+from openglm.inference.scheduler import Request, Scheduler, Token
 from openglm.inference.writing import Answer, Draft, unwritable_ids
 from openglm.infilling import blank_prompt, choice_layout, encode_text, mask_kind, split_text
 from openglm.models.glm130b import GLM130B
-from openglm.planning.inference import Use, estimate, verdict
-from openglm.storage import total_memory
-from openglm.tokenizers import load_tokenizer
 from openglm.tokenizers.base import MASK_WORDS, Tokenizer
 
 
@@ -81,11 +75,8 @@ class GLM:
         if batch_size < 1:
             raise InputError(f"`batch_size` must be at least 1, not {batch_size!r}", key="batch_size")
         drafts = self._drafts(texts, chosen)
-        for start in range(0, len(drafts), batch_size):
-            part = drafts[start : start + batch_size]
-            while unfinished := [draft for draft in part if draft.pending]:
-                for _ in self._write(unfinished, chosen):
-                    pass
+        for _ in self._write(drafts, chosen, batch_size):
+            pass
         return [FillResult(draft.text, tuple(draft.spans)) for draft in drafts]
 
     def generate(self, text: str, *, settings: SamplingSettings | None = None, **options: Any) -> GenerateResult:
@@ -223,47 +214,59 @@ class GLM:
     # -----------------------------------------------------------------------------------------------------------------
     # How
 
-    def _write(self, drafts: Sequence[Draft], settings: SamplingSettings) -> Iterator[str]:
-        """Fill the next blank of every draft side by side; yields pieces of text (of all drafts) as they come."""
+    def _write(self, drafts: Sequence[Draft], settings: SamplingSettings, batch_size: int = 1) -> Iterator[str]:
+        """Fill all blanks of all drafts, ``batch_size`` drafts side by side: one that is done makes room for the next.
+
+        Yields pieces of text (of all drafts) as they come.
+        """
+        width = settings.num_beams
+        needs = sorted((self._columns(draft, settings) for draft in drafts), reverse=True)
+        scheduler = self.engine.scheduler(sum(needs[:batch_size]), most_rows=width * batch_size)
+        open_blanks = {draft: self._begin(draft, settings, scheduler) for draft in drafts}
+        while open_blanks:
+            tokens: dict[int, list[Token]] = {}
+            for token in scheduler.step():
+                tokens.setdefault(token.row, []).append(token)
+            for draft, (request, answer) in list(open_blanks.items()):
+                yield from _push(answer, tokens.get(request.number, ()))
+                if request.done and isinstance(request.writer, BeamWriter):
+                    yield from _push(answer, request.writer.result().answers[0].as_tokens(self._ends))
+                if not request.done and not answer.finished:
+                    continue
+                scheduler.cancel(request)
+                yield answer.flush()
+                draft.place(answer, request.prompt.kind, request.prompt.mask_index)
+                del open_blanks[draft]
+                if draft.pending:
+                    open_blanks[draft] = self._begin(draft, settings, scheduler)
+
+    def _begin(self, draft: Draft, settings: SamplingSettings, scheduler: Scheduler) -> tuple[Request, Answer]:
+        """Ask for the next blank of a draft."""
         special = self.config.special_tokens
-        tokenizer = self._need_tokenizer()
-        prompts = [blank_prompt(draft.ids, draft.mask_index(special), special) for draft in drafts]
-        rooms = [min(settings.max_tokens, self._room(len(prompt.layout))) for prompt in prompts]
-        answers = [Answer(tokenizer, settings.stop, draft.before) for draft in drafts]
+        prompt = blank_prompt(draft.ids, draft.mask_index(special), special)
+        room = min(settings.max_tokens, self._room(len(prompt.layout)))
+        writer = None
         if settings.num_beams > 1:
-            results = beam_search(
-                self.engine,
-                prompts,
+            writer = BeamWriter(
+                prompt.layout.tokens.tolist(),
+                room,
                 ends=self._ends,
-                rooms=rooms,
                 num_beams=settings.num_beams,
                 length_penalty=settings.length_penalty,
                 no_repeat_ngram_size=settings.no_repeat_ngram_size,
                 min_tokens=settings.min_tokens,
                 forbidden=self._unwritable,
             )
-            for answer, result in zip(answers, results, strict=True):
-                best = result.answers[0]
-                for token, log in zip(best.tokens, best.log_probabilities, strict=True):
-                    if not answer.finished:
-                        yield answer.push(token, log, token in self._ends)
-        else:
-            generation = self.engine.generate(
-                prompts,
-                settings,
-                ends=self._ends,
-                rooms=rooms,
-                generators=[draft.generator for draft in drafts],
-                forbidden=self._unwritable,
-            )
-            for token in generation:
-                answer = answers[token.row]
-                yield answer.push(token.id, token.log_probability, token.ends)
-                if answer.finished:
-                    generation.finish(token.row)
-        for draft, answer, prompt in zip(drafts, answers, prompts, strict=True):
-            yield answer.flush()
-            draft.place(answer, prompt.kind, prompt.mask_index)
+        request = Request(prompt, settings, self._ends, room, draft.generator, self._unwritable, writer)
+        return scheduler.submit(request), Answer(self._need_tokenizer(), settings.stop, draft.before)
+
+    def _columns(self, draft: Draft, settings: SamplingSettings) -> int:
+        """Columns of the cache that a draft's blanks need at most, one after the other."""
+        limit = self.config.max_sequence_length
+        last = min(len(draft.ids) + 1 + (draft.blanks - 1) * settings.max_tokens, limit)
+        return max(
+            length + settings.num_beams * min(settings.max_tokens, limit - length) for length in (len(draft.ids) + 1, last)
+        )
 
     def _drafts(self, texts: Sequence[str], settings: SamplingSettings) -> list[Draft]:
         if isinstance(texts, str):
@@ -322,61 +325,16 @@ class GLM:
         return self.tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def load(
-    model: str | Path = "nano",
-    *,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    rotary_dtype: str | None = None,
-    config: ModelConfig | Mapping[str, Any] | None = None,
-    tokenizer: Tokenizer | str | Path | None = None,
-) -> GLM:
-    """A model by the name of a bundled one, or from a folder: our own format, or a released checkpoint.
-
-    A bundled name wins over a folder of the same name (write ``./nano`` for that one). ``device`` None: a GPU where
-    there is one. ``dtype`` None: float32 on the CPU, as stored elsewhere. ``rotary_dtype`` and ``config`` replace what
-    the folder says, ``tokenizer`` (a file, a folder or an object) the folder's own.
-
-    Raises ``ModelNotFoundError`` with the nearest bundled name, ``CheckpointError`` for a damaged or foreign folder,
-    ``ConfigError`` or ``TokenizerError`` for what it holds, ``InputError`` for a dtype or device that cannot be used, or a
-    model that is larger than the memory.
-    """
-    source = open_model(find_model(model), config)
-    changes = {} if rotary_dtype is None else {"rotary_dtype": rotary_dtype}
-    chosen = dataclasses.replace(source.config, **changes)
-    place = resolve_device(device)
-    if dtype is None and place.type == "cpu":
-        dtype = "float32"
-    if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
-    elif tokenizer is None and source.tokenizer_path is not None:
-        tokenizer = load_tokenizer(source.tokenizer_path)
-    _refuse_too_large(chosen, source, dtype, place)
-    network = load_into(empty_network(chosen), source, dtype, place)
-    return GLM(network.eval().requires_grad_(False), tokenizer, source.notes)
-
-
-def _refuse_too_large(config: ModelConfig, source: ModelSource, dtype: str | torch.dtype | None, place: torch.device) -> None:
-    """Say so before anything is read, if the weights alone are more than there is memory."""
-    stored = getattr(source, "dtype", "float16")
-    name = stored if dtype is None else dtype_name(resolve_dtype(dtype))
-    if place.type == "cpu" and name == stored:
-        return  # memory-mapped: the system reads what is needed
-    memory = total_memory() if place.type == "cpu" else torch.cuda.get_device_properties(place).total_memory
-    kind = "cpu" if place.type == "cpu" else "gpu"
-    fits, sentence = verdict(estimate(config, Use(dtype=name, context=1, device=kind)), memory)
-    if not fits:
-        raise InputError(sentence, key="model")
-
-
 def _refuse_several_blanks(text: str, method: str) -> None:
     count = len(split_text(text)) // 2 if isinstance(text, str) else 0
     if count > 1:
         raise InputError(f"`{method}` takes a text with one blank at most, not {count}", hint="use `fill`")
+
+
+def _push(answer: Answer, tokens: Iterable[Token]) -> Iterator[str]:
+    for token in tokens:
+        if not answer.finished:
+            yield answer.push(token.id, token.log_probability, token.ends)
 
 
 def _groups(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

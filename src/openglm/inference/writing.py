@@ -117,6 +117,11 @@ class Draft:
         """The text up to the next open blank, answers included."""
 
     @property
+    def blanks(self) -> int:
+        """Blanks in all."""
+        return len(self._texts) - 1
+
+    @property
     def pending(self) -> bool:
         """Whether a blank is still open."""
         return len(self.spans) + 1 < len(self._texts)
