@@ -41,6 +41,7 @@ class Ours:
         import torch
 
         from openglm.config import ModelConfig, QuantizationScheme
+        from openglm.evaluation.speed import weight_bytes
         from openglm.inference.engine import Engine
         from openglm.quantization.random_weights import random_network
 
@@ -50,12 +51,7 @@ class Ours:
         self.engine = Engine(random_network(config))
         if self.engine.kernel is None:
             raise SystemExit(f"error: {self.engine.notes}")
-        self.bytes = sum(
-            matrix.nbytes
-            for module in self.engine.network.modules()
-            if (matrix := getattr(module, "matrix", None) or getattr(module, "weight", None)) is not None
-            and type(matrix).__name__ == "PanelMatrix"
-        )
+        self.bytes = weight_bytes(self.engine.network)
 
     def _prompt(self, length: int) -> Any:
         from openglm.infilling import unidirectional_prompt

@@ -16,8 +16,6 @@ import datetime
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ import torch
 
 import openglm
 from openglm.config import PRESETS, ModelConfig
+from openglm.evaluation.ceilings import product_rate, timed
 from openglm.infilling import Batch, Layout, generation_sample, language_model_windows
 from openglm.models.glm130b import GLM130B
 from openglm.training.model import MasterWeights
@@ -41,29 +40,6 @@ def shape(name: str, sequence: int) -> ModelConfig:
         return ModelConfig.preset(name)
     hidden, heads, inner, layers, vocabulary = SMALL[name]
     return ModelConfig(layers, hidden, heads, inner, vocabulary, max_sequence_length=max(sequence, 1024))
-
-
-def peak(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of the fastest of some large matrix products."""
-    best = 0.0
-    size = 8_192 if device == "cuda" else 2_048
-    for rows, inner, columns in ((size, size, size), (size, 1_024, size), (size, size // 2, 1_024)):
-        x = torch.randn(rows, inner, device=device).to(dtype)
-        weight = torch.randn(columns, inner, device=device).to(dtype)
-        times = [timed(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), device) for _ in range(8)]
-        best = max(best, 2 * rows * inner * columns / statistics.median(times[2:]))
-    return best
-
-
-def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of wall time."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def blanks(config: ModelConfig, rows: int, sequence: int, seed: int = 0) -> list[Layout]:
@@ -178,7 +154,7 @@ def measure(config: ModelConfig, precision: str, args: argparse.Namespace) -> di
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(args.rounds + 2):
         for name in sorted(variants, reverse=bool(number % 2)):
-            seconds = timed(variants[name].step, device)
+            seconds = timed(variants[name].step, torch.device(device))
             if number > 1:  # the first rounds compile and warm up
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -213,7 +189,7 @@ def main() -> None:
         p = config.parameter_count
         flops = 6 * p + 12 * config.num_layers * config.hidden_size * args.sequence
         for precision in args.precisions:
-            top = peak(getattr(torch, precision), args.device)
+            top = product_rate(getattr(torch, precision), torch.device(args.device))
             for variant, seconds in measure(config, precision, args).items():
                 tokens = args.batch * args.sequence / seconds
                 row = {

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from openglm.cli import console, convert, data, estimate, fill, generate, info, plan, quantize, report, tokenizer, train
+from openglm.cli import bench, console, convert, data, estimate, fill, generate, info, plan, quantize, report, tokenizer, train
 from openglm.errors import InputError, OpenGLMError, StorageError
 from openglm.storage import is_refusal, storage_error
 
@@ -117,6 +117,7 @@ app.command("info", epilog=info.EXAMPLES)(info.info)
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("quantize", epilog=quantize.EXAMPLES)(quantize.quantize)
 app.command("estimate", epilog=estimate.EXAMPLES)(estimate.estimate)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)

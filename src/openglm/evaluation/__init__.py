@@ -1,1 +1,1 @@
-"""Measuring what a model knows."""
+"""Measuring what a model knows, and how fast it is."""

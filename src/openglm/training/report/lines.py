@@ -129,14 +129,14 @@ def fold(series: Sequence[Series], most: int = MOST_LINES) -> list[Series]:
     return [*series[: most - 1], Series(f"mean of {len(rest)} others", series[0].x, mean, faint=True)]
 
 
-def figure(panels: int = 1, height: float = 3.3) -> tuple[Any, list[Any]]:
-    """An empty figure with panels above each other that share the horizontal axis."""
+def figure(panels: int = 1, height: float = 3.3, *, shared: bool = True) -> tuple[Any, list[Any]]:
+    """An empty figure with panels above each other that share the horizontal axis, or have one each."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(WIDTH, height * panels + 0.4), dpi=DPI, layout="constrained")
     engine: Any = made.get_layout_engine()
     engine.set(h_pad=0.08, hspace=0.06)
-    return made, list(made.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    return made, list(made.subplots(panels, 1, sharex=shared, squeeze=False)[:, 0])
 
 
 def draw_lines(
