@@ -53,14 +53,14 @@ class Ours:
             raise SystemExit(f"error: {self.engine.notes}")
         self.bytes = weight_bytes(self.engine.network)
 
-    def _prompt(self, length: int) -> Any:
+    def _prompt(self, length: int, number: int = 0) -> Any:
         from openglm.infilling import unidirectional_prompt
 
         special = self.engine.config.special_tokens
-        return unidirectional_prompt([20 + i % 1000 for i in range(length)], special)
+        return unidirectional_prompt([20 + (i + number) % 1000 for i in range(length)], special)
 
     def decode(self, batch: int) -> float:
-        decoding = self.engine.prefill([self._prompt(CONTEXT)] * batch, TOKENS + 1)
+        decoding = self.engine.prefill([self._prompt(CONTEXT, row) for row in range(batch)], TOKENS + 1)
         start = time.perf_counter()
         for _ in range(TOKENS):
             decoding.append(decoding.logits.argmax(-1))

@@ -3,6 +3,7 @@
     OpenGLMError                 anything a user can mend; exit code 2 at the command line
     ├── InputError               the text, the ids or an option that was given
     │   └── UnlearnedMaskError   a mask kind that this model was not trained on
+    ├── BusyError                more requests than may wait
     ├── ConfigError              a model configuration, a recipe or templates of instructions
     ├── ModelNotFoundError       a model that is neither bundled nor a folder
     ├── CheckpointError          a model folder, a shard or a tensor in it

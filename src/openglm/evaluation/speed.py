@@ -18,7 +18,7 @@ from openglm.config import ModelConfig
 from openglm.errors import InputError
 from openglm.evaluation.ceilings import peak_memory, product_rate, read_rate, synchronize
 from openglm.inference.engine import Engine
-from openglm.inference.glm import load
+from openglm.inference.loading import load
 from openglm.infilling import Prompt, blank_prompt
 from openglm.kernels.cpu.panels import PanelEmbedding, PanelLinear
 from openglm.quantization.random_weights import random_network
@@ -179,7 +179,7 @@ def weight_bytes(network: nn.Module) -> int:
 def step_bytes(engine: Engine, case: Case, new: int) -> float:
     """Bytes that a step of ``case`` must read, on average over ``new`` of them."""
     config = engine.config
-    width = engine.dtype.itemsize if engine.kernel is None else 2  # the kernels keep keys and values in float16
+    width = engine.cache_dtype.itemsize
     seen = case.prompt + (new + 1) / 2
     return weight_bytes(engine.network) + 2 * config.num_layers * config.hidden_size * seen * case.batch * width
 

@@ -175,7 +175,9 @@ def use_panels(network: Any) -> str:
         return "the CPU kernels know no zero points, so quantized layers run slowly"
     if any(_columns(module) % 32 for _, module in found if module.scales.shape[1] > 1):
         return "the CPU kernels need a multiple of 32 columns a scale, so quantized layers run slowly"
-    for name, module in found:
+    found.reverse()
+    while found:  # none is kept longer than it takes to pack it
+        name, module = found.pop()
         if isinstance(module, QuantizedEmbedding):
             network.word_embeddings = PanelEmbedding(_packed(module, None), module._like[0])
             network.vocabulary_product = panel_product
