@@ -160,6 +160,39 @@ def test_equal_prompts_are_read_and_kept_once(monkeypatch):
         assert made.tokens == own.tokens
 
 
+def test_a_common_beginning_is_read_once_from_left_to_right_only(monkeypatch):
+    engine = pair(2)[0].engine
+    read: list[int] = []
+    original = GLM130B.hidden_states
+
+    def counting(self, tokens, *args, **kwargs):
+        read.append(tokens.numel())
+        return original(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(GLM130B, "hidden_states", counting)
+    common, ends = list(range(30, 60)), ([70, 71, 72], [70, 74], [75, 76, 77, 78])
+    for unidirectional in (True, False):
+        prompts = [generation_prompt([*common, *end], SPECIAL, kind="[gMASK]", unidirectional=unidirectional) for end in ends]
+        decoding = engine.decoding(400)
+        read.clear()
+        decoding.add(prompts, [6] * 3, [1, 1, 2])
+        longest = max(len(prompt.layout) for prompt in prompts)
+        assert read == ([len(prompts[0].layout), 2 * 4] if unidirectional else [3 * longest])
+        assert (decoding.pool.free > 400 - 3 * longest) == unidirectional
+        tokens = torch.tensor([80, 81, 82])
+        found = [decoding.logits.clone(), decoding.append(tokens).clone()]
+        decoding.select([2, 0, 2, 1])
+        found.append(decoding.append(torch.tensor([83, 84, 85, 86])))
+        for row, prompt in enumerate(prompts):
+            alone = engine.prefill([prompt], 6)
+            torch.testing.assert_close(found[0][row], alone.logits[0], rtol=0, atol=1e-12)
+            torch.testing.assert_close(found[1][row], alone.append(tokens[row : row + 1])[0], rtol=0, atol=1e-12)
+            later = alone.append(torch.tensor([{0: 84, 1: 86, 2: 83}[row]]))[0]
+            torch.testing.assert_close(found[2][{0: 1, 1: 3, 2: 0}[row]], later, rtol=0, atol=1e-12)
+        decoding.select([])
+        assert decoding.pool.free == 400
+
+
 def drafters(seed: int) -> list:
     """Proposals from the text, from a model of its own mind, and from one that is always right."""
     other, same = pair(seed + 1)[0].engine, pair(seed)[0].engine

@@ -1,12 +1,13 @@
 """Sequences that are being written side by side: their places in the cache, and the logits of their next tokens.
 
 Prompts are read whole, for part A is seen by everybody; only then they are written on, a token (or a few) of each at a time.
-Sequences may join and leave between any two steps. Prompts that are equal are read once, and kept once.
+Sequences may join and leave between any two steps. Prompts that are equal are read once, and kept once; in unidirectional mode
+so is a beginning that they have in common.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,9 @@ from openglm.inference.cache import ColumnPool, Place, PoolView, Run
 from openglm.infilling import Batch, Prompt
 from openglm.kernels.cpu.network import Pass
 from openglm.models.glm130b import GLM130B
+
+#: Tokens that two prompts must have in common before one is read as the continuation of the other.
+LEAST_BEGINNING = 16
 
 
 @dataclass(eq=False)
@@ -40,6 +44,8 @@ class Row:
     """One sequence."""
 
     shared: _Shared
+    """Who holds the columns that it shares: its prompt, or one that begins alike."""
+    prompt: Prompt
     place: Place
     alone: bool
     """Computed by itself, so that no bit of its numbers depends on who is beside it."""
@@ -47,12 +53,12 @@ class Row:
     @property
     def written(self) -> int:
         """Tokens behind the prompt."""
-        return self.place.length - self.place.shared
+        return self.place.length - len(self.prompt.layout)
 
     @property
     def room(self) -> int:
         """Tokens that may still be written."""
-        return self.place.own.count - self.written
+        return self.place.shared + self.place.own.count - self.place.length
 
 
 class Decoding:
@@ -75,12 +81,36 @@ class Decoding:
         self, prompts: Sequence[Prompt], rooms: Sequence[int], copies: Sequence[int], alone: Sequence[bool] | None = None
     ) -> list[int]:
         """Columns that rows for these prompts would take, run by run; a prompt that is there already takes none."""
-        known, runs = set(self._prompts), list[int]()
+        known, runs = {key: shared.prompt for key, shared in self._prompts.items()}, list[int]()
         for index, (prompt, room, count) in enumerate(zip(prompts, rooms, copies, strict=True)):
-            key = _key(prompt, alone is not None and alone[index])
-            runs += [room] * count if key in known else [len(prompt.layout) + room, *[room] * (count - 1)]
-            known.add(key)
+            apart = alone is not None and alone[index]
+            key = _key(prompt, apart)
+            if key in known:
+                runs += [room] * count
+            elif begun := self._beginning(prompt, apart, known)[1]:
+                runs += [len(prompt.layout) - begun + room] * count
+            else:
+                known[key] = prompt
+                runs += [len(prompt.layout) + room, *[room] * (count - 1)]
         return runs
+
+    def _beginning(self, prompt: Prompt, alone: bool, known: Mapping[bytes, Prompt]) -> tuple[bytes, int]:
+        """The prompt in the cache that begins as this one does for the longest, and for how many tokens; 0 = none is worth it.
+
+        Only where a token depends on nothing behind it, in prompts that are read from left to right throughout.
+        """
+        best, longest = b"", LEAST_BEGINNING - 1
+        if prompt.layout.context == 0 and not alone:
+            for key, other in known.items():
+                size = min(len(other.layout), len(prompt.layout) - 1)
+                if other.layout.context or size <= longest:
+                    continue
+                mine, theirs = prompt.layout, other.layout
+                equal = (mine.tokens[:size] == theirs.tokens[:size]) & (mine.positions[:size] == theirs.positions[:size])
+                same = size if equal.all() else int(equal.argmin())
+                if same > longest:
+                    best, longest = key, same
+        return best, longest if best else 0
 
     @torch.inference_mode()
     def add(
@@ -95,29 +125,35 @@ class Decoding:
         if not self.pool.fits(self.needs(prompts, rooms, copies, alone)):
             raise MemoryError("the cache has no room for these prompts and their answers")
         new: list[_Shared] = []
-        places: list[tuple[_Shared, Run]] = []
-        for prompt, room, count, own_pass in zip(prompts, rooms, copies, alone, strict=True):
-            key = _key(prompt, own_pass)
-            shared = self._prompts.get(key)
-            if shared is None:
-                whole = self.pool.take(len(prompt.layout) + room)
-                run, own = Run(whole.start, len(prompt.layout)), Run(whole.start + len(prompt.layout), room)
-                shared = self._prompts[key] = _Shared(prompt, key, run, self.logits.new_empty(0), own_pass)
-                new.append(shared)
+        rows: list[Row] = []
+        for prompt, room, count, apart in zip(prompts, rooms, copies, alone, strict=True):
+            key, length = _key(prompt, apart), len(prompt.layout)
+            if key in self._prompts:
+                shared, begun, own = self._prompts[key], length, self.pool.take(room)
             else:
-                own = self.pool.take(room)
+                known = {key: shared.prompt for key, shared in self._prompts.items()}
+                other, begun = self._beginning(prompt, apart, known)
+                if begun:
+                    shared, own = self._prompts[other], self.pool.take(length - begun + room)
+                else:
+                    whole, begun = self.pool.take(length + room), length
+                    run, own = Run(whole.start, length), Run(whole.start + length, room)
+                    shared = self._prompts[key] = _Shared(prompt, key, run, self.logits.new_empty(0), apart)
+                    new.append(shared)
             shared.rows += 1
-            shared.spare += [self.pool.take(room) for _ in range(count - 1)]
-            places.append((shared, own))
+            shared.spare += [self.pool.take(own.count) for _ in range(count - 1)]
+            rows.append(Row(shared, prompt, Place(shared.run, own, begun, begun), apart))
         for part in self._passes([shared.alone for shared in new]):
             chosen = [new[index] for index in part]
             for shared, logits in zip(chosen, self._read(chosen), strict=True):
                 shared.logits = logits
-        for (shared, own), own_pass in zip(places, alone, strict=True):
-            length = shared.run.count
-            self.rows.append(Row(shared, Place(shared.run, own, length, length), own_pass))
-        found = torch.stack([shared.logits for shared, _ in places])
-        self.logits = torch.cat([self.logits, found]) if len(self.logits) else found
+        found = [row.shared.logits for row in rows]
+        behind = [index for index, row in enumerate(rows) if row.written < 0]
+        if behind:
+            for index, logits in zip(behind, self._read_on([rows[index] for index in behind]), strict=True):
+                found[index] = logits
+        self.rows += rows
+        self.logits = torch.cat([self.logits, torch.stack(found)]) if len(self.logits) else torch.stack(found)
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
@@ -140,11 +176,14 @@ class Decoding:
 
     def _fork(self, row: Row) -> Row:
         place = row.place
-        own = row.shared.spare.pop() if row.shared.spare else self.pool.take(place.own.count)
+        spare = [run for run in row.shared.spare if run.count == place.own.count]
+        if spare:
+            row.shared.spare.remove(spare[0])
+        own = spare[0] if spare else self.pool.take(place.own.count)
         made = Place(place.prompt, own, place.shared, place.length)
         self.pool.copy(place.columns(place.shared, place.length), made.columns(place.shared, place.length))
         row.shared.rows += 1
-        return Row(row.shared, made, row.alone)
+        return Row(row.shared, row.prompt, made, row.alone)
 
     def _drop(self, row: Row) -> None:
         shared = row.shared
@@ -175,6 +214,30 @@ class Decoding:
         last = torch.tensor([row * width + (width if left else count) - 1 for row, count in enumerate(counts)])
         alone = any(shared.alone for shared in new)
         return self._pass(batch.tokens, batch.positions, batch.mask, places, counts, alone, last, left)
+
+    def _read_on(self, rows: list[Row]) -> Tensor:
+        """Logits ``[n, v]`` behind prompts of which the beginning is in the cache."""
+        layouts = [row.prompt.layout for row in rows]
+        starts = [row.place.length for row in rows]
+        counts = [len(layout) - start for layout, start in zip(layouts, starts, strict=True)]
+        tokens, positions = np.zeros((2, len(rows), max(counts)), dtype=np.int64)
+        for index, (layout, start, count) in enumerate(zip(layouts, starts, counts, strict=True)):
+            tokens[index, :count], positions[index, :count] = layout.tokens[start:], layout.positions[start:]
+        device = self.pool.keys.device
+        last = torch.tensor([index * max(counts) + count - 1 for index, count in enumerate(counts)])
+        mask = self._causal(starts, counts, max(counts))
+        where = [row.place for row in rows]
+        ids, places = torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device)
+        logits = self._pass(ids, places, mask, where, counts, False, last)
+        for row, count in zip(rows, counts, strict=True):
+            row.place.length += count
+        return logits
+
+    def _causal(self, lengths: Sequence[int], counts: Sequence[int], s: int) -> Tensor:
+        """bool ``[n, s, t]``: each of s tokens sees what is before it, and itself."""
+        seen = np.asarray(lengths)[:, None] + np.arange(1, s + 1)
+        longest = max(length + count for length, count in zip(lengths, counts, strict=True))
+        return torch.from_numpy(np.arange(longest) < seen[:, :, None]).to(self.pool.keys.device)
 
     @torch.inference_mode()
     def append(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
@@ -211,13 +274,10 @@ class Decoding:
         device, (b, s) = tokens.device, tokens.shape
         chosen = [self.rows[index] for index in rows]
         first = np.asarray([row.written for row in chosen])[:, None] + np.arange(s)
-        start = np.asarray([[row.shared.prompt.answer_start, row.shared.prompt.answer_step] for row in chosen])
+        start = np.asarray([[row.prompt.answer_start, row.prompt.answer_step] for row in chosen])
         positions = torch.from_numpy(start[:, :1] + start[:, 1:] * first).to(device)
-        lengths = np.asarray([row.place.length for row in chosen])
-        mask = None
-        if s > 1 or len(set(lengths.tolist())) > 1:
-            seen = lengths[:, None] + np.arange(1, s + 1)  # columns that each token may see
-            mask = torch.from_numpy(np.arange(max(lengths + np.asarray(counts))) < seen[:, :, None]).to(device)
+        lengths = [row.place.length for row in chosen]
+        mask = self._causal(lengths, counts, s) if s > 1 or len(set(lengths)) > 1 else None
         alone = any(row.alone for row in chosen)
         logits = self._pass(tokens, positions, mask, [row.place for row in chosen], counts, alone)
         return logits.view(b, s, -1)

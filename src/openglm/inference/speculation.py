@@ -74,7 +74,7 @@ class ModelDrafter:
             room = request.room + self.count
             decoding = self._drafts[request] = self.engine.prefill([request.prompt], room)
         row = decoding.rows[0]
-        fed = row.place.length - row.place.shared
+        fed = row.written
         with self.engine.one_thread():
             decoding.append(torch.tensor([request.tokens[fed:]], device=self.engine.device))
             proposed: list[int] = []
