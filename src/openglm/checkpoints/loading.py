@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,7 +16,8 @@ from openglm.checkpoints.layout import expected_tensors, plain_name, resolve_dty
 from openglm.config import ModelConfig, QuantizationScheme
 from openglm.errors import CheckpointError, ConfigError, InputError
 from openglm.models.glm130b import GLM130B
-from openglm.quantization.functional import pack, quantize_matrix
+from openglm.quantization.calibration import CalibrationSample, quantize_layers
+from openglm.quantization.functional import quantize_matrix, stored_parts
 from openglm.quantization.layers import LayerError, place_quantized
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -174,12 +175,14 @@ def convert_source(
     replace: bool = False,
     progress: Callable[[int, int], Any] | None = None,
     scheme: QuantizationScheme | None = None,
+    calibration: Sequence[CalibrationSample] = (),
 ) -> list[LayerError]:
     """Write a source as a folder of our own format, a slice of a tensor in memory at a time; see ``save_checkpoint``.
 
     ``tokenizer`` None takes the source's own. ``progress(done, total)`` is called after each tensor. ``scheme`` quantizes
-    the layers' matrices on the way; what that did to each is returned. Raises ``ConfigError`` for a source that is
-    quantized already, or groups that do not divide its rows.
+    the layers' matrices on the way; what that did to each is returned. With ``calibration`` samples that is done by GPTQ, a
+    layer in memory at a time. Raises ``ConfigError`` for a source that is quantized already, or groups that do not divide
+    its rows.
     """
     config, errors = source.config, list[LayerError]()
     if scheme is not None:
@@ -191,11 +194,18 @@ def convert_source(
 
     def tensors() -> Iterator[tuple[str, int, Tensor]]:
         names = source.names()
+        gptq = None
+        if scheme is not None and calibration:
+            gptq = quantize_layers(empty_network(source.config).eval(), source.tensor, calibration, scheme)
         for done, name in enumerate(names, 1):
             own, slices = scheme_of(name, scheme), _slices(shapes[name].shape)
             if own is None:
                 for start, stop in slices:
                     yield name, start, source.rows(name, start, stop)
+            elif gptq is not None and name.startswith("layers."):
+                error, parts = next(gptq)  # of the next matrix, under its own name
+                yield from ((f"{error.name}.{part}", 0, tensor) for part, tensor in parts.items())
+                errors.append(error)
             else:
                 matrix = _Slices(name.removesuffix(".weight"))
                 for start, stop in slices:
@@ -234,9 +244,7 @@ class _Slices:
     def quantize(self, start: int, exact: Tensor, scheme: QuantizationScheme) -> Iterator[tuple[str, int, Tensor]]:
         """The parts of some rows, under their names."""
         made = quantize_matrix(exact, scheme)
-        parts = {"codes": pack(made.codes) if scheme.bits == 4 else made.codes, "scales": made.scales}
-        if made.zeros is not None:
-            parts["zeros"] = made.zeros
+        parts = stored_parts(made, scheme)
         self._difference += float((made.dequantize().float() - exact.float()).square().sum(dtype=torch.float64))
         self._size += float(exact.float().square().sum(dtype=torch.float64))
         self._bytes += sum(part.nbytes for part in parts.values())

@@ -10,10 +10,13 @@ import typer
 
 from openglm.cli import console, options
 from openglm.cli.models import model_folder
+from openglm.errors import InputError
 from openglm.storage import refuse_existing
 
 if TYPE_CHECKING:
+    from openglm.checkpoints import ModelSource
     from openglm.data.readers import Document
+    from openglm.quantization.calibration import CalibrationSample
     from openglm.quantization.layers import LayerError
 
 #: Of each language, in the report.
@@ -28,6 +31,8 @@ EXAMPLES = r"""
   glm quantize ./glm-130b ./glm-130b-int4 --bits 4 --group 128
 
   glm quantize nano ./nano-int4 --bits 4 --group 128 --text README.md
+
+  glm quantize nano ./nano-gptq --bits 4 --group 128 --gptq corpus.txt --text README.md
 """
 
 
@@ -46,6 +51,14 @@ def quantize(
     head_bits: Annotated[
         int | None, typer.Option(metavar="N", help="8 or 4 for the embedding, which is also the head; else it stays as it is.")
     ] = None,
+    gptq: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Quantize by GPTQ: so that outputs on this text change least; may be repeated."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="With --gptq: samples of at most 512 tokens that are cut from it (128).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="With --gptq: which samples (0).")] = None,
     text: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Text to measure bits per byte and exact fills on.")
     ] = None,
@@ -55,8 +68,11 @@ def quantize(
     """Store a model's matrices in 8 or 4 bits.
 
     Norms and biases stay as they are, and so does the embedding without --head-bits. TARGET appears whole or not at all;
-    memory holds one tensor at a time.
+    memory holds one tensor at a time, with --gptq one layer and the samples' hidden states.
     """
+    for name, value in (("samples", samples), ("seed", seed)):
+        if value is not None and not gptq:
+            raise InputError(f"`--{name}` needs `--gptq`", key=name)
     refuse_existing(target)
     from openglm.config import QuantizationScheme
 
@@ -71,19 +87,27 @@ def quantize(
 
     documents = _documents(text) if text else []
     opened = open_model(folder)
+    calibration = _calibration(opened, gptq, samples, seed) if gptq else []
     with console.progress(None, "quantizing") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.advance(done - bar.done)
 
-        errors = convert_source(opened, target, dtype=None, scheme=scheme, progress=progress)
+        errors = convert_source(opened, target, dtype=None, scheme=scheme, progress=progress, calibration=calibration)
     sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (folder, target)]
     found: dict[str, Any] = {
         "target": str(target),
         "bytes": {"before": sizes[0], "after": sizes[1]},
         "relative_errors": {error.name: round(error.relative_error, 6) for error in errors},
     }
+    if calibration:
+        found["calibration"] = {"samples": len(calibration), "tokens": sum(len(sample.tokens) for sample in calibration)}
+        found["output_errors"] = {
+            error.name: {"nearest": round(error.nearest_output_error, 6), "gptq": round(error.output_error, 6)}
+            for error in errors
+            if error.nearest_output_error is not None and error.output_error is not None
+        }
     if documents:
         with console.progress(2, "measuring") as bar:
             for when, path in (("before", folder), ("after", target)):
@@ -102,18 +126,16 @@ def _show(found: dict[str, Any], errors: list[LayerError]) -> None:
     """Sizes, a row of errors for each layer, and what was measured."""
     size = found["bytes"]
     console.note(f"{size['before']:,} bytes before, {size['after']:,} after: `{found['target']}`")
-    rows: dict[str, dict[str, float]] = {}
-    for error in errors:
-        layer, _, matrix = error.name.removeprefix("layers.").partition(".")
-        rows.setdefault(layer if matrix else "", {})[matrix.rpartition(".")[2] or layer] = error.relative_error
-    columns = list(rows.get("0", {}))
     console.note("relative error of the weights, %")
-    console.note(f"{'layer':>5}  " + "  ".join(f"{name:>16}" for name in columns))
-    for layer, row in rows.items():
-        if layer:
-            console.note(f"{layer:>5}  " + "  ".join(f"{100 * row[name]:16.3f}" for name in columns))
-        else:
-            console.note(f"word_embeddings: {100 * next(iter(row.values())):.3f}")
+    _show_layers({error.name: f"{100 * error.relative_error:.3f}" for error in errors})
+    if "calibration" in found:
+        samples = found["calibration"]
+        console.note(
+            f"relative error of the products with {samples['samples']} samples ({samples['tokens']:,} tokens), %: "
+            "rounded to nearest > GPTQ"
+        )
+        pairs = found["output_errors"].items()
+        _show_layers({name: f"{100 * pair['nearest']:.3f} > {100 * pair['gptq']:.3f}" for name, pair in pairs})
     if "bits_per_byte" in found:
         before, after = found["bits_per_byte"]["before"], found["bits_per_byte"]["after"]
         console.note(f"bits per byte: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
@@ -121,10 +143,35 @@ def _show(found: dict[str, Any], errors: list[LayerError]) -> None:
         console.note(f"blanks filled exactly: {before['exact']} before, {after['exact']} after, of {before['blanks']}")
 
 
+def _show_layers(cells: dict[str, str]) -> None:
+    """A table of what is said of each matrix: a row a layer."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, cell in cells.items():
+        layer, _, matrix = name.removeprefix("layers.").partition(".")
+        rows.setdefault(layer if matrix else "", {})[matrix.rpartition(".")[2] or layer] = cell
+    columns = list(rows.get("0", {}))
+    console.note(f"{'layer':>5}  " + "  ".join(f"{name:>16}" for name in columns))
+    for layer, row in rows.items():
+        if layer:
+            console.note(f"{layer:>5}  " + "  ".join(f"{row[name]:>16}" for name in columns))
+        else:
+            console.note(f"word_embeddings: {next(iter(row.values()))}")
+
+
 def _documents(files: list[Path]) -> list[Document]:
     from openglm.data.readers import read_documents
 
     return list(read_documents(files))
+
+
+def _calibration(source: ModelSource, files: list[Path], count: int | None, seed: int | None) -> list[CalibrationSample]:
+    from openglm.data.calibration import SAMPLES, calibration_samples
+    from openglm.tokenizers import load_tokenizer
+
+    if source.tokenizer_path is None:
+        raise InputError("this model has no tokenizer, so it cannot be calibrated on text")
+    tokenizer = load_tokenizer(source.tokenizer_path)
+    return calibration_samples(files, tokenizer, source.config, SAMPLES if count is None else count, seed or 0)
 
 
 def _measure(folder: Path, documents: list[Document]) -> dict[str, Any]:

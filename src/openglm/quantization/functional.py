@@ -69,10 +69,7 @@ def _symmetric(grouped: Tensor, clip: float, scheme: QuantizationScheme) -> Quan
     """Codes ``[n, g, columns]`` around 0 (SPEC 6.2); ``clip`` 1: the range ends at the largest weight."""
     largest = grouped.abs().amax(-1, keepdim=True).float() * clip
     scales = (largest / scheme.largest).half()
-    codes = (grouped / scales).round()  # float16, ties to even
-    # A scale of 0 divides into infinities; such a group is lost in the original as well, and is 0 here.
-    codes = torch.where(scales == 0, 0, codes).clamp(-scheme.largest, scheme.largest)
-    return Quantized(codes.to(torch.int8), scales.squeeze(-1))
+    return Quantized(nearest_codes(grouped, scales, None, scheme), scales.squeeze(-1))
 
 
 def _asymmetric(grouped: Tensor, clip: float, scheme: QuantizationScheme) -> Quantized:
@@ -82,9 +79,19 @@ def _asymmetric(grouped: Tensor, clip: float, scheme: QuantizationScheme) -> Qua
     most = grouped.amax(-1, keepdim=True).float().clamp(min=0) * clip
     scales = ((most - least) / (high - low)).half()
     steps = torch.where(scales == 0, 1, scales).float()
-    zeros = (low - least / steps).round().clamp(low, high)
-    codes = ((grouped.float() / steps).round() + zeros).clamp(low, high)
-    return Quantized(codes.to(torch.int8), scales.squeeze(-1), zeros.squeeze(-1).to(torch.int8))
+    zeros = (low - least / steps).round().clamp(low, high).to(torch.int8)
+    return Quantized(nearest_codes(grouped, scales, zeros, scheme), scales.squeeze(-1), zeros.squeeze(-1))
+
+
+def nearest_codes(weights: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantizationScheme) -> Tensor:
+    """The codes, int8, that come nearest to weights, which are rounded to float16 first; scales and zeros broadcast."""
+    weights = weights.half()
+    if zeros is None:
+        codes = (weights / scales).round()  # float16, ties to even
+        # A scale of 0 divides into infinities; such a group is lost in the original as well, and is 0 here.
+        return torch.where(scales == 0, 0, codes).clamp(-scheme.largest, scheme.largest).to(torch.int8)
+    steps = torch.where(scales == 0, 1, scales).float()
+    return ((weights.float() / steps).round() + zeros).clamp(-scheme.largest - 1, scheme.largest).to(torch.int8)
 
 
 def _squared_error(grouped: Tensor, found: Quantized) -> Tensor:
@@ -111,6 +118,12 @@ def pack(codes: Tensor) -> Tensor:
 def unpack(packed: Tensor) -> Tensor:
     """The codes, int8 ``[n, m]``, of bytes int8 ``[n, m / 2]``."""
     return torch.stack([packed >> 4, (packed << 4) >> 4], dim=-1).flatten(-2)
+
+
+def stored_parts(weight: Quantized, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """What a checkpoint holds of a matrix: "codes" (two of 4 bits a byte), "scales", and "zeros" where there are any."""
+    parts = {"codes": pack(weight.codes) if scheme.bits == 4 else weight.codes, "scales": weight.scales}
+    return parts if weight.zeros is None else {**parts, "zeros": weight.zeros}
 
 
 def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:

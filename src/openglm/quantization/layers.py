@@ -137,6 +137,10 @@ class LayerError:
     """Norm of the difference over the norm of the weights."""
     bytes: int
     """Of codes, scales and zeros."""
+    output_error: float | None = None
+    """Norm of the difference of its products with the calibration inputs over the norm of the products; None without GPTQ."""
+    nearest_output_error: float | None = None
+    """The same, had the weights been rounded to the nearest codes."""
 
 
 @torch.no_grad()
