@@ -19,6 +19,13 @@ from openglm.quantization.functional import Quantized, linear, pack, quantize_ma
 SLICE = 1 << 22
 
 
+def _stored(codes: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """Codes as they are kept. Those without content are not computed with: on the meta device torch would import a compiler."""
+    if scheme.bits == 8:
+        return codes
+    return codes.new_empty(codes.shape[0], codes.shape[1] // 2) if codes.is_meta else pack(codes)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer that holds codes instead of weights, and dequantizes them in every call: the twin of the kernels."""
 
@@ -30,7 +37,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.out_features, self.in_features = weight.codes.shape
-        self.register_buffer("codes", pack(weight.codes) if scheme.bits == 4 else weight.codes)
+        self.register_buffer("codes", _stored(weight.codes, scheme))
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
@@ -63,7 +70,7 @@ class QuantizedEmbedding(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.num_embeddings, self.embedding_dim = weight.codes.shape
-        self.register_buffer("codes", pack(weight.codes) if scheme.bits == 4 else weight.codes)
+        self.register_buffer("codes", _stored(weight.codes, scheme))
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
         self._like = [like]  # in a list: it is no part of this module
