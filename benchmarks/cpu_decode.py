@@ -4,7 +4,8 @@
     python benchmarks/cpu_decode.py [--models 335m 1.3b] [--threads 2] [--rounds 5] [--json FILE]
 
 Every contestant is a process of its own that waits until it is asked; they are asked in turn, in an order that changes from
-round to round, and figures are medians of the rounds. llama.cpp runs a Llama of the closest shape (same layers, hidden and
+round to round, and figures are medians of the rounds. "Wrong by": relative root mean square of the last logits behind 16 tokens
+against float64 over the very same weights, four layers of the shape. llama.cpp runs a Llama of the closest shape (same layers, hidden and
 inner width, heads, vocabulary, tied head) with random weights, all matrices and the head in one type: Q4_0 and Q8_0 have
 groups of 32 with float16 scales, as ours have here. Both keep a float16 cache, and the argmax of the logits is in the time.
 Leaner formats and batches have rows of their own.
@@ -28,6 +29,8 @@ from typing import Any
 import numpy as np
 
 CONTEXT, TOKENS, PREFILL = 64, 48, 512
+LAYERS, ACCURACY = 4, 16
+"""Layers and tokens of the networks that are computed in float64 too."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,18 +40,21 @@ CONTEXT, TOKENS, PREFILL = 64, 48, 512
 class Ours:
     """The engine over a network of random codes."""
 
-    def __init__(self, model: str, bits: int, group: int | None) -> None:
+    def __init__(self, model: str, bits: int, group: int | None, layers: int | None = None) -> None:
         import torch
 
-        from openglm.config import ModelConfig, QuantizationScheme
+        from openglm.config import QuantizationScheme
         from openglm.evaluation.speed import weight_bytes
         from openglm.inference.engine import Engine
         from openglm.quantization.random_weights import random_network
 
         torch.set_num_threads(int(os.environ["THREADS"]))
         scheme = QuantizationScheme(bits, group, head_bits=bits)
-        config = ModelConfig.preset(model, quantization=scheme)
-        self.engine = Engine(random_network(config))
+        config = preset(model, layers, quantization=scheme)
+        network = random_network(config)
+        self._exact = None if layers is None else exact_network(network)
+        self._given = (model, bits, group)
+        self.engine = Engine(network)
         if self.engine.kernel is None:
             raise SystemExit(f"error: {self.engine.notes}")
         self.bytes = weight_bytes(self.engine.network)
@@ -72,19 +78,30 @@ class Ours:
         self.engine.prefill([prompt], 1).logits.argmax(-1)
         return PREFILL / (time.perf_counter() - start)
 
+    def accuracy(self) -> dict[str, float]:
+        import torch
+
+        from openglm.infilling import Batch
+
+        few = Ours(*self._given, layers=LAYERS)
+        prompt = few._prompt(ACCURACY)
+        batch = Batch.stack([prompt.layout])
+        with torch.inference_mode():
+            exact = few._exact(batch.tokens, batch.positions, batch.mask)[0, -1]  # pyright: ignore[reportOptionalCall]
+        return difference(few.engine.prefill([prompt], 1).logits[0], exact)
+
 
 class LlamaCpp:
     """llama.cpp through llama-cpp-python's binding of its C interface."""
 
-    def __init__(self, model: str, kind: str) -> None:
+    def __init__(self, model: str, kind: str, layers: int | None = None) -> None:
         import ctypes
 
         import llama_cpp
 
-        from openglm.config import ModelConfig
-
         self.api, threads = llama_cpp, int(os.environ["THREADS"])
-        config = ModelConfig.preset(model)
+        config = preset(model, layers)
+        self._given = (model, kind)
         self.vocabulary = config.vocab_size
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
@@ -93,6 +110,7 @@ class LlamaCpp:
             llama_cpp.llama_backend_init()
             parameters = llama_cpp.llama_model_default_params()
             parameters.use_mmap = False  # so that its repacked kernels are used
+            self._exact = None if layers is None else exact_llama(path, config)
             self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = 8 * (PREFILL + 64), PREFILL, PREFILL
@@ -114,6 +132,7 @@ class LlamaCpp:
         if api.llama_decode(self.context, batch):
             raise SystemExit("error: llama_decode failed")
         ends = np.cumsum([len(own) for own in tokens]) - 1
+        self.logits = np.ctypeslib.as_array(api.llama_get_logits_ith(self.context, int(ends[-1])), (self.vocabulary,)).copy()
         rows = [np.ctypeslib.as_array(api.llama_get_logits_ith(self.context, int(i)), (self.vocabulary,)) for i in ends]
         result = np.stack(rows).argmax(-1)
         api.llama_batch_free(batch)
@@ -133,6 +152,15 @@ class LlamaCpp:
         start = time.perf_counter()
         self._run([tokens], 0)
         return PREFILL / (time.perf_counter() - start)
+
+    def accuracy(self) -> dict[str, float]:
+        import torch
+
+        few, tokens = LlamaCpp(*self._given, layers=LAYERS), [20 + i % 1000 for i in range(ACCURACY)]
+        few._run([tokens], 0)
+        with torch.inference_mode():
+            exact = few._exact(torch.tensor([tokens])).logits[0, -1]  # pyright: ignore[reportOptionalCall]
+        return difference(few.logits, exact)
 
     def _clear(self) -> None:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
@@ -188,29 +216,94 @@ def write_gguf(path: Path, config: Any, kind: str) -> int:
     return total
 
 
+def preset(model: str, layers: int | None, **changes: Any) -> Any:
+    """The shape, with all of its layers or some."""
+    from openglm.config import ModelConfig
+
+    return ModelConfig.preset(model, **({} if layers is None else {"num_layers": layers}), **changes)
+
+
+def llama(config: Any) -> Any:
+    """transformers' Llama of a shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.inner_hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_sequence_length,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(shape)
+
+
+def exact_network(network: Any) -> Any:
+    """A plain network in float64 with exactly the weights of a quantized one."""
+    import dataclasses
+
+    import torch
+
+    from openglm.models.glm130b import GLM130B
+    from openglm.quantization.layers import QuantizedEmbedding, QuantizedLinear
+
+    plain = GLM130B(dataclasses.replace(network.config, quantization=None)).double().eval()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            module = network.get_submodule(owner)
+            if leaf == "weight" and isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                weight = module.weight
+                grouped = weight.codes.double().unflatten(1, (weight.scales.shape[1], -1))
+                parameter.copy_((grouped * weight.scales.double()[..., None]).flatten(1))
+            else:
+                parameter.copy_(getattr(module, leaf))
+    return plain
+
+
+def exact_llama(path: Path, config: Any) -> Any:
+    """transformers' Llama in float64 with exactly the weights of a GGUF file."""
+    import gguf
+    import torch
+
+    network, heads = llama(config).double().eval(), config.num_attention_heads
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            tensor = stored[names.get_name(name, (".weight",))]
+            weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).double()
+            if "q_proj" in name or "k_proj" in name:  # llama.cpp turns neighbours, transformers halves
+                weight = weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2)
+            parameter.copy_(weight.reshape(parameter.shape))
+    return network
+
+
+def difference(found: Any, exact: Any) -> dict[str, float]:
+    """Root mean square and largest, relative to those of the exact logits."""
+    found, exact = (np.asarray(logits, dtype=np.float64).ravel() for logits in (found, exact))
+    wrong = found - exact
+    rms = np.sqrt(np.mean(wrong**2) / np.mean(exact**2))
+    return {"relative_rms": float(f"{rms:.3g}"), "relative_largest": float(f"{np.abs(wrong).max() / np.abs(exact).max():.3g}")}
+
+
 class Transformers:
     """transformers' own generate on a Llama of the shape, bfloat16."""
 
-    def __init__(self, model: str) -> None:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+    def __init__(self, model: str, layers: int | None = None) -> None:
+        import copy
 
-        from openglm.config import ModelConfig
+        import torch
 
         torch.set_num_threads(int(os.environ["THREADS"]))
-        config = ModelConfig.preset(model)
-        shape = LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.inner_hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        self.network = LlamaForCausalLM(shape).to(torch.bfloat16).eval()
+        self.network = llama(preset(model, layers)).to(torch.bfloat16).eval()
+        self._given = (model,)
+        self._exact = None if layers is None else copy.deepcopy(self.network).double()
         self.bytes = sum(p.numel() * 2 for p in self.network.parameters())
 
     def decode(self, batch: int) -> float:
@@ -232,6 +325,15 @@ class Transformers:
         with torch.inference_mode():
             self.network(ids, logits_to_keep=1)
         return PREFILL / (time.perf_counter() - start)
+
+    def accuracy(self) -> dict[str, float]:
+        import torch
+
+        few = Transformers(*self._given, layers=LAYERS)
+        ids = torch.arange(20, 20 + ACCURACY)[None]
+        with torch.inference_mode():
+            found, exact = few.network(ids).logits[0, -1], few._exact(ids).logits[0, -1]  # pyright: ignore[reportOptionalCall]
+        return difference(found.float(), exact)
 
 
 class Bandwidth:
@@ -277,7 +379,7 @@ class Process:
             raise SystemExit(f"error: `{' '.join(map(str, self.process.args))}` ended")  # pyright: ignore[reportArgumentType]
         return line
 
-    def ask(self, task: str) -> float:
+    def ask(self, task: str) -> Any:
         assert self.process.stdin is not None
         self.process.stdin.write(task + "\n")
         self.process.stdin.flush()
@@ -313,6 +415,7 @@ def measure(model: str, threads: int, rounds: int, only: str = "") -> list[dict[
             other[0]: Process(other[0], model, *other[1:], threads=threads),
             "bandwidth": Process("bandwidth", threads=threads),
         }
+        accuracy = {name: contestants[name].ask("accuracy") for name in ("ours", other[0])}
         for task in tasks:
             found = contest(contestants, task, rounds)
             row = {
@@ -329,11 +432,13 @@ def measure(model: str, threads: int, rounds: int, only: str = "") -> list[dict[
             }
             if task == "decode 1":
                 row["of_bandwidth"] = round(found["ours"] * row["ours_bytes"] / found["bandwidth"], 3)
+            row["accuracy"] = accuracy
             rows.append(row)
             print(
                 f"{model:5} {title:22} against {row['against']:15} {task:9} {row['ours_tokens_per_second']:8.1f} "
                 f"{row['other_tokens_per_second']:8.1f}  {row['ratio']:5.2f}x"
-                + (f"  {row['of_bandwidth']:.0%} of {row['read_bandwidth']:.1f} GB/s" if "of_bandwidth" in row else ""),
+                + (f"  {row['of_bandwidth']:.0%} of {row['read_bandwidth']:.1f} GB/s" if "of_bandwidth" in row else "")
+                + f"  wrong by {accuracy['ours']['relative_rms']:.0e}, {accuracy[other[0]]['relative_rms']:.0e}",
                 flush=True,
             )
         for process in contestants.values():
