@@ -4,10 +4,11 @@
     python benchmarks/cpu_decode.py [--models 335m 1.3b] [--threads 2] [--rounds 5] [--json FILE]
 
 Every contestant is a process of its own that waits until it is asked; they are asked in turn, in an order that changes from
-round to round, and figures are medians of the rounds. "Wrong by": relative root mean square of the last logits behind 16 tokens
-against float64 over the very same weights, four layers of the shape. llama.cpp runs a Llama of the closest shape (same layers, hidden and
+round to round, and figures are medians of the rounds. llama.cpp runs a Llama of the closest shape (same layers, hidden and
 inner width, heads, vocabulary, tied head) with random weights, all matrices and the head in one type: Q4_0 and Q8_0 have
 groups of 32 with float16 scales, as ours have here. Both keep a float16 cache, and the argmax of the logits is in the time.
+"Wrong by" is the relative root mean square of the logits behind 16 tokens, against float64 over the very same weights, in
+four layers of the shape.
 Leaner formats and batches have rows of their own.
 """
 
