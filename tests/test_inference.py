@@ -17,6 +17,7 @@ from openglm import bundled
 from openglm.checkpoints import save_checkpoint
 from openglm.config import ModelConfig
 from openglm.errors import InputError, ModelNotFoundError, TokenizerError, UnlearnedMaskError
+from openglm.inference.loading import check_type
 from openglm.inference.sampling import SamplingSettings, make_generator
 from openglm.inference.writing import Answer, Draft
 from openglm.infilling import Batch, blank_sample, encode_text
@@ -410,6 +411,13 @@ def test_unknown_models_and_devices(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "m", save, random_state(save, 0).items(), dtype="float32")
     with pytest.raises(InputError, match="no device `abacus`"):
         openglm.load(tmp_path / "m", device="abacus")
+
+
+def test_a_gpu_without_bfloat16_is_told_before_anything_is_read():
+    with pytest.raises(InputError, match=r"RTX 2080 Ti \(compute capability 7.5\) does not compute in bfloat16; take float16"):
+        check_type("RTX 2080 Ti", (7, 5), torch.bfloat16)
+    check_type("RTX 2080 Ti", (7, 5), torch.float16)
+    check_type("A100", (8, 0), torch.bfloat16)
 
 
 def test_importing_openglm_imports_no_torch():

@@ -55,6 +55,9 @@ def load(
         tokenizer = load_tokenizer(tokenizer)
     elif tokenizer is None and source.tokenizer_path is not None:
         tokenizer = load_tokenizer(source.tokenizer_path)
+    if place.type == "cuda":
+        computed = resolve_dtype(dtype if dtype is not None else getattr(source, "dtype", "float16"))
+        check_type(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place), computed)
     _refuse_too_large(chosen, source, dtype, place)
     network = load_into(empty_network(chosen), source, dtype, place)
     glm = GLM(network.eval().requires_grad_(False), tokenizer, source.notes)
@@ -67,6 +70,16 @@ def load(
         check_draft(glm.engine, smaller.engine)
         glm.engine.drafter = ModelDrafter(smaller.engine)
     return glm
+
+
+def check_type(gpu: str, capability: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raises ``InputError`` if a GPU of this compute capability does not compute in a type."""
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        raise InputError(
+            f"{gpu} (compute capability {capability[0]}.{capability[1]}) does not compute in bfloat16",
+            hint="take float16",
+            key="dtype",
+        )
 
 
 def _refuse_too_large(config: ModelConfig, source: ModelSource, dtype: str | torch.dtype | None, place: torch.device) -> None:
