@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -222,7 +223,8 @@ class GLM:
         width = settings.num_beams
         needs = sorted((self._columns(draft, settings) for draft in drafts), reverse=True)
         scheduler = self.engine.scheduler(sum(needs[:batch_size]), most_rows=width * batch_size)
-        open_blanks = {draft: self._begin(draft, settings, scheduler) for draft in drafts}
+        coming = iter(drafts)
+        open_blanks = {draft: self._begin(draft, settings, scheduler) for draft in itertools.islice(coming, batch_size)}
         while open_blanks:
             tokens: dict[int, list[Token]] = {}
             for token in scheduler.step():
@@ -237,8 +239,9 @@ class GLM:
                 yield answer.flush()
                 draft.place(answer, request.prompt.kind, request.prompt.mask_index)
                 del open_blanks[draft]
-                if draft.pending:
-                    open_blanks[draft] = self._begin(draft, settings, scheduler)
+                following = draft if draft.pending else next(coming, None)
+                if following is not None:
+                    open_blanks[following] = self._begin(following, settings, scheduler)
 
     def _begin(self, draft: Draft, settings: SamplingSettings, scheduler: Scheduler) -> tuple[Request, Answer]:
         """Ask for the next blank of a draft."""
