@@ -6,11 +6,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from command_line import refuse, run
 
 import openglm
 from openglm.config import ModelConfig, QuantizationScheme
 from openglm.errors import InputError
+from openglm.inference.cache import ColumnPool
 from openglm.planning.inference import Use, alternatives, estimate, verdict
 
 
@@ -68,3 +70,19 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(monkeypatch
     with pytest.raises(InputError, match="it does not fit: float32, context 1: this process needs"):
         openglm.load("nano")
     assert openglm.load("nano", dtype="float16").config.num_layers == 8  # memory-mapped as stored
+
+
+def test_a_cache_of_8_bits_counts_its_scales() -> None:
+    config = ModelConfig.preset("130b")
+    sizes = {}
+    for cache in ("float16", "int8"):
+        (term,) = [term for term in estimate(config, Use(cache=cache)).terms if term.name == "keys and values"]
+        sizes[cache] = term.bytes
+    assert sizes["int8"] == sizes["float16"] * (1 + 4 / 128) / 2
+    pool = ColumnPool(ModelConfig.preset("nano"), 7, dtype=torch.int8)
+    assert pool.scales is not None
+    held = pool.keys.nbytes + pool.values.nbytes + pool.scales.nbytes
+    (term,) = [
+        t for t in estimate(ModelConfig.preset("nano"), Use(cache="int8", context=7)).terms if t.name == "keys and values"
+    ]
+    assert held == term.bytes

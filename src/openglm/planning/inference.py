@@ -12,7 +12,7 @@ from openglm.errors import ConfigError, InputError
 from openglm.planning.memory import Term
 
 GB = 1e9
-#: Bytes a number of weights or cache.
+#: Bytes a number.
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Assumed: driver and context of a GPU; interpreter and libraries of a process.
 RESERVE = {"gpu": 1.0 * GB, "cpu": 0.4 * GB}
@@ -58,9 +58,11 @@ def estimate(config: ModelConfig, use: Use) -> Estimate:
     for name in ("gpus", "context", "batch"):
         if getattr(use, name) < 1:
             raise InputError(f"`{name}` must be at least 1, not {getattr(use, name)}", key=name)
-    for name in ("dtype", "cache"):
-        if getattr(use, name) not in WIDTHS:
-            raise InputError(f"`{name}` must be {', '.join(WIDTHS)}, not {getattr(use, name)!r}", key=name)
+    # A cache of 8 bits has a float32 scale for each vector of a head.
+    cache_widths = {**WIDTHS, "int8": 1 + 4 / config.head_size}
+    for name, known in (("dtype", WIDTHS), ("cache", cache_widths)):
+        if getattr(use, name) not in known:
+            raise InputError(f"`{name}` must be {', '.join(known)}, not {getattr(use, name)!r}", key=name)
     if config.num_attention_heads % use.gpus:
         raise InputError(
             f"{use.gpus} GPUs do not divide the {config.num_attention_heads} heads of this model",
@@ -87,7 +89,7 @@ def estimate(config: ModelConfig, use: Use) -> Estimate:
         terms.append(Term("scales", scales, "float16"))
     terms.append(Term("embedding and head", sum(head) / t, f"{v:,} x {h:,}"))
     terms.append(Term("biases and norms", (layers * (9 * h + 2 * i) + 2 * h) * width, use.dtype))
-    cache = 2 * layers * h * use.context * use.batch * WIDTHS[use.cache] / t
+    cache = 2 * layers * h * use.context * use.batch * cache_widths[use.cache] / t
     terms.append(
         Term("keys and values", cache, f"2 x {layers} x {h:,} x {use.context:,} tokens x {use.batch} in {use.cache} / {t}")
     )
