@@ -20,6 +20,9 @@ from openglm.models.glm130b import GLM130B
 from openglm.tokenizers.unigram import UnigramTokenizer, train_unigram
 
 ROOT = Path(__file__).resolve().parent.parent
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, which parts of torch do as well: without a GPU its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
 
 
