@@ -124,8 +124,8 @@ def launches(capability: int, scheme: QuantizationScheme | None, dtype: torch.dt
     products.tiling.cache_clear()
     try:
         network = meta_network(ModelConfig.preset("130b", num_layers=1, quantization=scheme), dtype)
-        cache = torch.empty(1, 16, 96, 2048, 128, dtype=dtype, device="meta")
-        run_pass = Pass(network, cache, cache)
+        cache = torch.empty(1, 96, 16 * 2048, 128, dtype=dtype, device="meta")
+        run_pass = Pass(network, cache, cache, 2048)
         for rows in (1, 4) if capability < 80 else (1,):
             run_pass.step(*torch.zeros(6, rows, dtype=torch.int64, device="meta"))
         if prompts:

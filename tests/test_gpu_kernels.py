@@ -19,6 +19,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from openglm.config import ModelConfig
 from openglm.config import QuantizationScheme as Scheme
+from openglm.inference.engine import Engine
+from openglm.inference.sampling import SamplingSettings
+from openglm.inference.scheduler import Request
+from openglm.infilling import blank_prompt
 from openglm.kernels.gpu import products
 from openglm.kernels.gpu.attention import COLUMNS, attend
 from openglm.kernels.gpu.fused import geglu, normalize, rotate
@@ -189,37 +193,42 @@ def test_rotary_positions_and_the_write_are_the_twins(table_dtype: str) -> None:
     table = rotary.table(2000, DEVICE, torch.float32)
     cos, sin = rotary.lookup(positions[None], torch.float64, 2000)
     q, k, v = parts.double().sum(0).view(1, rows, heads, 3 * d).transpose(1, 2).chunk(3, dim=-1)
-    keys, values = draw(4, heads, 10, d, seed=5), draw(4, heads, 10, d, seed=6)
+    keys, values = draw(heads, 40, d, seed=5), draw(heads, 40, d, seed=6)
     wanted_keys, wanted_values = keys.double(), values.double()
-    slots, columns = integers([2, -1, 0]), integers([9, 4, 0])
-    for row, (slot, column) in enumerate(((2, 9), (-1, 4), (0, 0))):
-        if slot >= 0:
-            wanted_keys[slot, :, column] = rotate_twin(k, cos, sin)[0, :, row]
-            wanted_values[slot, :, column] = v[0, :, row]
-    queries = rotate(parts, table, positions, slots, columns, keys, values)
+    columns = [29, -1, 0]
+    for row, column in enumerate(columns):
+        if column >= 0:
+            wanted_keys[:, column] = rotate_twin(k, cos, sin)[0, :, row]
+            wanted_values[:, column] = v[0, :, row]
+    queries = rotate(parts, table, positions, integers(columns), keys, values)
     assert relative(queries, rotate_twin(q, cos, sin)[0].transpose(0, 1)) < 5e-4
     assert relative(keys, wanted_keys) < 5e-4 and relative(values, wanted_values) < 5e-4
-    assert torch.equal(keys[1], draw(4, heads, 10, d, seed=5)[1])  # others are left alone
+    assert torch.equal(keys[:, 1:29], draw(heads, 40, d, seed=5)[:, 1:29])  # others are left alone
 
 
 @pytest.mark.parametrize(("d", "dtype"), [(24, torch.float16), (64, torch.bfloat16)])
 def test_attention_is_the_twins(d: int, dtype: torch.dtype) -> None:
-    capacity, heads = COLUMNS + 44, 2
-    keys, values = draw(4, heads, capacity, d, seed=1, dtype=dtype), draw(4, heads, capacity, d, seed=2, dtype=dtype)
-    keys[:, :, -1], values[:, :, -1] = float("nan"), float("nan")  # behind the end of every row
+    longest, heads = COLUMNS + 44, 2
+    keys, values = draw(heads, 4 * longest, d, seed=1, dtype=dtype), draw(heads, 4 * longest, d, seed=2, dtype=dtype)
+    for run in range(1, 5):  # behind the end of every row
+        keys[:, run * longest - 1], values[:, run * longest - 1] = float("nan"), float("nan")
     queries = draw(5, heads, d, seed=3, dtype=dtype)
     # alone, over two stretches, sharing a prompt within a stretch and over its end, not there
-    slots, lengths = [3, 0, 2, 0, -1], [0, COLUMNS + 40, 37, COLUMNS + 10, 100]
-    sources, shared = [3, 0, 1, 1, 0], [0, 0, 20, COLUMNS + 5, 0]
-    made = attend(queries, keys, values, *map(integers, (slots, lengths, sources, shared)), planes=2)
+    starts = [3 * longest, 0, 2 * longest + 5, 60, -1]
+    lengths = [0, COLUMNS + 40, 37, COLUMNS + 10, 100]
+    sources, shared = [0, 0, longest, longest, 0], [0, 0, 20, COLUMNS + 5, 0]
+    places = list(map(integers, (starts, lengths, sources, shared)))
+    made = attend(queries, keys, values, *places, longest, planes=2)
     assert made.dtype == dtype and made[4].count_nonzero() == 0
     for row in range(4):
-        places = [sources[row] if column < shared[row] else slots[row] for column in range(lengths[row] + 1)]
-        column = torch.arange(lengths[row] + 1, device=DEVICE)
-        k, v = (cache[integers(places).long(), :, column].double().transpose(0, 1) for cache in (keys, values))
+        seen = [
+            sources[row] + column if column < shared[row] else starts[row] + column - shared[row]
+            for column in range(lengths[row] + 1)
+        ]
+        k, v = (cache[:, integers(seen).long()].double() for cache in (keys, values))
         wanted = F.scaled_dot_product_attention(queries[row].double()[:, None], k, v).reshape(1, -1)
         assert relative(made[row], deal(wanted, 2)[0]) < (1e-3 if dtype == torch.float16 else 8e-3)
-    alone = attend(queries[2:3], keys, values, *(integers(own[2:3]) for own in (slots, lengths, sources, shared)), planes=2)
+    alone = attend(queries[2:3], keys, values, *(own[2:3] for own in places), longest, planes=2)
     assert torch.equal(alone[0], made[2])
 
 
@@ -242,9 +251,9 @@ def network_of(scheme: Scheme | None, dtype: torch.dtype) -> tuple[GLM130B, GLM1
 
 def pass_of(network: GLM130B, dtype: torch.dtype, slots: int = 4, capacity: int = 24, graphs: bool = True) -> Pass:
     assert Pass.why_not(network) == ""
-    shape = (CONFIG.num_layers, slots, CONFIG.num_attention_heads, capacity, CONFIG.head_size)
+    shape = (CONFIG.num_layers, CONFIG.num_attention_heads, slots * capacity, CONFIG.head_size)
     cache = torch.zeros(2, *shape, dtype=dtype, device=DEVICE)
-    return Pass(network, cache[0], cache[1], graphs=graphs, scratch=2 * 96 * 64)
+    return Pass(network, cache[0], cache[1], capacity, graphs=graphs, scratch=2 * 96 * 64)
 
 
 def prompt(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,13 +284,13 @@ def test_a_pass_is_the_networks_forward(scheme: Scheme | None, dtype: torch.dtyp
     tokens, positions, mask = prompt(2, 10)
     wanted = plain(tokens, positions, mask)
     # Two prompts, the second one token shorter and padded, then tokens one by one: different lengths side by side.
-    slots = integers([2, 0])
-    found = run.prefill(tokens[:, :8], positions[:, :8], mask[:, :8, :8], slots, last=torch.tensor([7, 6], device=DEVICE))
+    starts, counts = integers([40, 0]), torch.tensor([8, 7], device=DEVICE)
+    found = run.prefill(tokens[:, :8], positions[:, :8], mask[:, :8, :8], starts, counts)
     assert found.dtype == torch.float32 and relative(found, torch.stack([wanted[0, 7], wanted[1, 6]])) < near
     for step in range(2):
         column = torch.tensor([8 + step, 7 + step], device=DEVICE)
         each = torch.arange(2, device=DEVICE)
-        found = run.step(tokens[each, column], positions[each, column], slots, column)
+        found = run.step(tokens[each, column], positions[each, column], starts, column)
         assert relative(found, wanted[each, column]) < near
 
 
@@ -290,12 +299,12 @@ def test_rows_share_a_prompt() -> None:
     run = pass_of(network, torch.float16)
     tokens, positions, _ = prompt(1, 9)
     wanted = plain(tokens[:, :8], positions[:, :8])  # no mask: all see all
-    logits = run.prefill(tokens[:, :8], positions[:, :8], None, integers([1]))
+    logits = run.prefill(tokens[:, :8], positions[:, :8], None, integers([10]))
     assert relative(logits, wanted[:, -1]) < 1.5e-3
-    # Three rows go on from it, each in a slot of its own, the last one in the prompt's.
-    slots, lengths, sources, shared = map(integers, ([0, 3, 1], [8, 8, 8], [1, 1, 1], [8, 8, 8]))
+    # Three rows go on from it, each in columns of its own, the last one right behind the prompt.
+    starts, lengths, sources, shared = map(integers, ([0, 60, 18], [8, 8, 8], [10, 10, 10], [8, 8, 8]))
     following = torch.tensor([5, 6, 7], device=DEVICE)
-    found = run.step(following, positions[0, 8].expand(3), slots, lengths, sources, shared)
+    found = run.step(following, positions[0, 8].expand(3), starts, lengths, sources, shared)
     whole = torch.cat([tokens[:, :8].expand(3, 8), following[:, None]], dim=1)
     mask = torch.ones(3, 9, 9, dtype=torch.bool, device=DEVICE)
     mask[:, :8, 8] = False
@@ -306,10 +315,50 @@ def test_steps_of_more_rows_than_a_product_takes() -> None:
     network, _ = network_of(Scheme(8), torch.float16)
     run = pass_of(network, torch.float16, slots=18)
     tokens, positions = torch.arange(18, device=DEVICE), torch.zeros(18, dtype=torch.int64, device=DEVICE)
-    slots, lengths = torch.arange(18, device=DEVICE), torch.zeros(18, dtype=torch.int64, device=DEVICE)
-    many = run.step(tokens, positions, slots, lengths)
+    starts, lengths = torch.arange(18, device=DEVICE), torch.zeros(18, dtype=torch.int64, device=DEVICE)
+    many = run.step(tokens, positions, starts, lengths)
     assert many.shape == (18, CONFIG.vocab_size)
-    assert torch.equal(run.step(tokens[16:], positions[16:], slots[16:], lengths[16:]), many[16:])
+    assert torch.equal(run.step(tokens[16:], positions[16:], starts[16:], lengths[16:]), many[16:])
+
+
+def test_the_engine_writes_in_them_as_in_torch() -> None:
+    """Prompts of different lengths, one of them twice, tokens one by one and several at once, and forks."""
+    # On a CPU an engine packs quantized layers for kernels of its own.
+    network, _ = network_of(Scheme(4, 32, head_bits=8) if DEVICE.type == "cuda" else None, torch.float16)
+    fast, slow = Engine(network), Engine(network)
+    fast.use_triton()
+    slow.uses_triton = False
+    assert fast.uses_triton and not fast.notes
+    special = {"sop": 1, "[MASK]": 2, "[gMASK]": 3, "eos": 4, "[sMASK]": 5}
+    prompts = [blank_prompt([*range(10, 10 + n), 2, 4], n, special) for n in (5, 3, 9, 3)]
+    decodings = []
+    for engine in (fast, slow):
+        decoding = engine.decoding(400)
+        decoding.add(prompts, [8] * 4, [1, 1, 1, 2])
+        decodings.append(decoding)
+    tokens = torch.tensor([20, 21, 22, 23], device=DEVICE)
+
+    def compare(found: list[Tensor]) -> None:
+        assert relative(found[0], found[1].double()) < 1.5e-3
+
+    compare([decoding.logits for decoding in decodings])
+    compare([decoding.append(tokens) for decoding in decodings])
+    for decoding in decodings:
+        decoding.select([3, 2, 3, 0])
+    compare([decoding.append(tokens) for decoding in decodings])
+    several = torch.tensor([[30, 31, 32], [33, 0, 0], [34, 35, 0], [36, 37, 38]], device=DEVICE)
+    counts = [3, 1, 2, 3]
+    found = [decoding.append(several, counts) for decoding in decodings]
+    for row, count in enumerate(counts):
+        compare([logits[row, :count] for logits in found])
+    settings = SamplingSettings()
+    requests = [Request(prompt, settings, [4], 4) for prompt in prompts]
+    scheduler = fast.scheduler(300)
+    for request in requests:
+        scheduler.submit(request)
+    assert len(list(scheduler.run())) == sum(len(request.tokens) for request in requests) > 4
+    pool = fast.decoding(300).pool
+    assert fast.decoding(200).pool is pool  # kept: graphs hold its address
 
 
 def test_what_they_do_not_serve_is_said(monkeypatch) -> None:
@@ -365,12 +414,12 @@ class TestOnAGPU:
         from openglm.quantization.random_weights import random_network
 
         network = random_network(config, DEVICE, torch.float16)
-        cache = [draw(config.num_layers, 20, 6, 64, 64, seed=seed) for seed in (1, 2)]
-        eager, replayed = (Pass(network, *(part.clone() for part in cache), graphs=graphs) for graphs in (False, True))
+        cache = [draw(config.num_layers, 6, 20 * 64, 64, seed=seed) for seed in (1, 2)]
+        eager, replayed = (Pass(network, *(part.clone() for part in cache), 64, graphs=graphs) for graphs in (False, True))
         generator = torch.Generator().manual_seed(0)
         for rows in (1, 3, 16, 2, 18, 3):
             arguments = [torch.randint(0, 60, (rows,), generator=generator).to(DEVICE) for _ in range(2)]
-            arguments += [torch.arange(rows, device=DEVICE), torch.randint(0, 63, (rows,), generator=generator).to(DEVICE)]
+            arguments += [64 * torch.arange(rows, device=DEVICE), torch.randint(0, 63, (rows,), generator=generator).to(DEVICE)]
             found = replayed.step(*arguments)
             assert torch.equal(found, eager.step(*arguments))
             assert torch.equal(replayed.keys, eager.keys) and torch.equal(replayed.values, eager.values)
@@ -383,13 +432,13 @@ class TestOnAGPU:
         for scheme, dtype in ((Scheme(4), torch.float16), (Scheme(8, 64), torch.bfloat16), (None, torch.bfloat16)):
             config = ModelConfig.preset("nano", quantization=scheme)
             network = random_network(config, DEVICE, dtype)
-            cache = [draw(config.num_layers, 16, 6, 64, 64, seed=seed, dtype=dtype) for seed in (1, 2)]
-            run = Pass(network, *cache)
+            cache = [draw(config.num_layers, 6, 16 * 64, 64, seed=seed, dtype=dtype) for seed in (1, 2)]
+            run = Pass(network, *cache, 64)
             each = torch.arange(16, device=DEVICE)
-            together = run.step(each + 30, each, each, each * 3)
+            together = run.step(each + 30, each, 64 * each, each * 3)
             for rows in (1, 2, 5):
                 own = each[7 : 7 + rows]
-                assert torch.equal(run.step(own + 30, own, own, own * 3), together[7 : 7 + rows])
+                assert torch.equal(run.step(own + 30, own, 64 * own, own * 3), together[7 : 7 + rows])
 
     def test_a_matrix_of_the_130b(self) -> None:
         for scheme in (Scheme(4), Scheme(4, 128), Scheme(8)):

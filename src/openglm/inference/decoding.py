@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +18,40 @@ from torch import Tensor
 from openglm.errors import InputError
 from openglm.inference.cache import ColumnPool, Place, PoolView, Run
 from openglm.infilling import Batch, Prompt
-from openglm.kernels.cpu.network import Pass
 from openglm.models.glm130b import GLM130B
+
+
+class Kernel(Protocol):
+    """What runs a whole pass in place of the network: ``kernels.cpu.network.Pass``, ``kernels.gpu.network.Pass``."""
+
+    @property
+    def has_head(self) -> bool:
+        """Logits come back; else what meets the vocabulary's matrix."""
+        ...
+
+    @property
+    def invariant_prompts(self) -> bool:
+        """A prompt's numbers have the same bits whatever is read with it."""
+        ...
+
+    @property
+    def invariant_steps(self) -> bool:
+        """So have a token's, alone or with others, of its own sequence too."""
+        ...
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        pool: ColumnPool,
+        places: Sequence[Place],
+        counts: Sequence[int],
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of all tokens, or of some rows."""
+        ...
+
 
 #: Tokens that two prompts must have in common before one is read as the continuation of the other.
 LEAST_BEGINNING = 16
@@ -67,12 +100,17 @@ class Decoding:
     Prompts read in one pass are padded on the "right", or on the "left".
     """
 
-    def __init__(self, network: GLM130B, kernel: Pass | None, pool: ColumnPool, *, padding: str = "right") -> None:
+    def __init__(self, network: GLM130B, kernel: Kernel | None, pool: ColumnPool, *, padding: str = "right") -> None:
         self._network, self._kernel, self.pool, self._padding = network, kernel, pool, padding
         self._prompts: dict[bytes, _Shared] = {}
         self.rows: list[Row] = []
         self.logits = torch.empty(0, network.config.vocab_size, device=pool.keys.device)
         """float32 ``[rows, v]`` (float64 where the network is): scores of the next token of each."""
+
+    @property
+    def invariant_steps(self) -> bool:
+        """Whether a token's numbers have the same bits in any company, and with others of its own sequence."""
+        return self._kernel is not None and self._kernel.invariant_steps
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sequences come and go
@@ -143,7 +181,8 @@ class Decoding:
             shared.rows += 1
             shared.spare += [self.pool.take(own.count) for _ in range(count - 1)]
             rows.append(Row(shared, prompt, Place(shared.run, own, begun, begun), apart))
-        for part in self._passes([shared.alone for shared in new]):
+        same = self._kernel is not None and self._kernel.invariant_prompts
+        for part in _passes([shared.alone and not same for shared in new]):
             chosen = [new[index] for index in part]
             for shared, logits in zip(chosen, self._read(chosen), strict=True):
                 shared.logits = logits
@@ -197,12 +236,6 @@ class Decoding:
     # -----------------------------------------------------------------------------------------------------------------
     # Passes
 
-    def _passes(self, alone: Sequence[bool]) -> list[list[int]]:
-        """Which rows go together: all, where a kernel gives each the same numbers in any company."""
-        apart = [False] * len(alone) if self._kernel is not None else alone
-        together = [index for index, own in enumerate(apart) if not own]
-        return [*([together] if together else []), *([index] for index, own in enumerate(apart) if own)]
-
     def _read(self, new: list[_Shared]) -> Tensor:
         """Logits ``[n, v]`` behind prompts, which go into the cache."""
         layouts = [shared.prompt.layout for shared in new]
@@ -252,7 +285,7 @@ class Decoding:
         for row, count in zip(self.rows, counts, strict=True):
             if count > row.room:
                 raise InputError(f"a sequence has room for {row.room} more tokens, not for {count}")
-        parts = self._passes([row.alone for row in self.rows])
+        parts = _passes([row.alone and not self.invariant_steps for row in self.rows])
         found = [self._step(tokens[part], part, [counts[index] for index in part]) for part in parts]
         if len(found) == 1:
             logits = found[0]
@@ -305,6 +338,12 @@ class Decoding:
         view = PoolView(self.pool, places, counts, left=left)
         hidden = self._network.hidden_states(tokens, positions, mask, cache=view).flatten(0, 1)
         return single(self._network.logits(hidden if rows is None else hidden[rows.to(hidden.device)]))
+
+
+def _passes(alone: Sequence[bool]) -> list[list[int]]:
+    """Which rows are computed together."""
+    together = [index for index, own in enumerate(alone) if not own]
+    return [*([together] if together else []), *([index] for index, own in enumerate(alone) if own)]
 
 
 def _key(prompt: Prompt, alone: bool) -> bytes:

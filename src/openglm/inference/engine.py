@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openglm.errors import InputError
 from openglm.inference.cache import ColumnPool, Place, Run
-from openglm.inference.decoding import Decoding, single
+from openglm.inference.decoding import Decoding, Kernel, single
 from openglm.inference.sampling import SamplingSettings
 from openglm.inference.scheduler import Request, Scheduler, Token
 from openglm.inference.speculation import Drafter
@@ -35,8 +35,26 @@ class Engine:
         """Runs prompts and steps in one call each, where the network is quantized and on a CPU."""
         self.cache_dtype = self.dtype if self.kernel is None else torch.float16
         """Of keys and values: the network's, or half of it where the kernel reads that as fast as it comes."""
+        self._gpu: tuple[ColumnPool, Kernel] | None = None
+        self.uses_triton = False
+        """Whether passes run in the Triton kernels, on a GPU that they serve."""
+        if self.device.type == "cuda":
+            self.use_triton()
         self.drafter: Drafter | None = None
         """Proposes tokens that are checked several at once; see ``speculation``."""
+
+    def use_triton(self) -> None:
+        """Let passes run in the Triton kernels; where that cannot be, a note says why."""
+        from openglm.kernels.gpu.support import why_not
+
+        reason = why_not(self.device, self.dtype)
+        if not reason:
+            from openglm.kernels.gpu.network import Pass as GPUPass
+
+            reason = GPUPass.why_not(self.network)
+        if reason:
+            self.notes.append(f"{reason}, so the network runs in plain PyTorch")
+        self.uses_triton = not reason
 
     @property
     def device(self) -> torch.device:
@@ -84,10 +102,26 @@ class Engine:
 
     def decoding(self, columns: int, *, padding: str = "right") -> Decoding:
         """Room for sequences of so many columns together, prompts and answers."""
+        if self.uses_triton and self.cache_dtype == self.dtype and padding == "right":
+            pool, kernel = self._for_triton(columns)
+            return Decoding(self.network, kernel, pool)
         if self.kernel is not None:
             self.kernel.threads = torch.get_num_threads()
         pool = ColumnPool(self.config, columns, dtype=self.cache_dtype, device=self.device)
         return Decoding(self.network, self.kernel, pool, padding=padding)
+
+    def _for_triton(self, columns: int) -> tuple[ColumnPool, Kernel]:
+        """A cache and the kernels made for it. They are kept for the next time, for CUDA graphs are captured with addresses."""
+        from openglm.kernels.gpu.network import Pass as GPUPass
+
+        found = self._gpu
+        if found is None or found[0].columns < columns or found[0].free < found[0].columns:
+            self._gpu = None  # its memory first
+            columns = max(columns, self.config.max_sequence_length)
+            pool = ColumnPool(self.config, columns, dtype=self.dtype, device=self.device)
+            longest = min(columns, 2 * self.config.max_sequence_length)
+            found = self._gpu = pool, GPUPass(self.network, pool.keys, pool.values, longest)
+        return found
 
     def prefill(self, prompts: Sequence[Prompt], room: int, *, copies: int = 1, padding: str = "right") -> Decoding:
         """The prompts in one pass, padded on the "right" or "left"; ready for ``room`` more tokens a row, and for forking

@@ -242,8 +242,8 @@ class Scheduler:
         return proposals
 
     def _may_draft(self, row: int, request: Request) -> bool:
-        # A token alone and several at once give the same bits in the kernels only.
-        exact = self._engine.kernel is not None or not self._engine.apart(request)
+        # A token alone and several at once give the same bits in our kernels only.
+        exact = self._decoding.invariant_steps or not self._engine.apart(request)
         return exact and request.writer is None and self._decoding.rows[row].room > 1
 
     def _choose(self, proposals: list[list[int]], new: int) -> list[Token]:

@@ -22,6 +22,9 @@ class Pass:
     The product with the vocabulary is in it if that is packed too, else the caller does it. Norms are copied to float32.
     """
 
+    #: Every row has the same bits in any company.
+    invariant_prompts = invariant_steps = True
+
     def __init__(self, network: Any) -> None:
         config = network.config
         self._library: Any = library()

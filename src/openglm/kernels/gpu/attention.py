@@ -28,15 +28,15 @@ LEAST = tl.constexpr(-1e30)
 def _attend(
     queries,  # [rows, heads, SIZE]
     keys,
-    values,  # [slots, heads, capacity, SIZE]
-    slots,
+    values,  # [heads, columns, SIZE]
+    starts,
     lengths,
     sources,
     shared,  # int32 [rows]
     sums,  # float32 [rows, heads, splits, SIZE]
     marks,  # float32 [rows, heads, splits, 2]: the largest score, and the sum of the weights relative to it
     heads,
-    capacity,
+    columns,
     scale,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,  # SIZE or the next power of two
@@ -45,8 +45,8 @@ def _attend(
 ):
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place = (row * heads + head).to(tl.int64)
-    slot = tl.load(slots + row)
-    length = tl.where(slot < 0, 0, tl.load(lengths + row) + 1)  # with the new one
+    own = tl.load(starts + row)
+    length = tl.where(own < 0, 0, tl.load(lengths + row) + 1)  # with the new one
     source, common = tl.load(sources + row), tl.load(shared + row)
     d = tl.arange(0, WIDTH)
     query = tl.load(queries + place * SIZE + d, mask=d < SIZE, other=0.0).to(tl.float32) * scale
@@ -57,8 +57,8 @@ def _attend(
     for start in tl.range(split * COLUMNS, tl.minimum(length, (split + 1) * COLUMNS), BLOCK, num_stages=3):
         column = start + tl.arange(0, BLOCK)
         inside = column < length
-        own = tl.where(column < common, source, slot).to(tl.int64)
-        cell = ((own * heads + head) * capacity + column)[:, None] * SIZE + d[None, :]
+        at = tl.where(column < common, source + column, own + column - common)
+        cell = (head.to(tl.int64) * columns + at)[:, None] * SIZE + d[None, :]
         there = inside[:, None] & (d < SIZE)[None, :]
         key = tl.load(keys + cell, mask=there, other=0.0).to(tl.float32)
         value = tl.load(values + cell, mask=there, other=0.0).to(tl.float32)
@@ -109,25 +109,25 @@ def attend(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    slots: Tensor,
+    starts: Tensor,
     lengths: Tensor,
     sources: Tensor,
     shared: Tensor,
+    longest: int,
     planes: int = 1,
 ) -> Tensor:
     """Each row's query against its columns of the cache, ``[rows, planes, heads * d / planes]``: columns dealt into planes.
 
-    queries: ``[rows, heads, d]``. keys, values: of one layer, ``[slots, heads, capacity, d]``, contiguous. slots, lengths,
-    sources, shared: int32 ``[rows]``; row b sees columns 0 to lengths[b], the first shared[b] of them in slot sources[b], the
-    others in slots[b]. A row with a slot below 0 is not there: its result is 0.
+    queries: ``[rows, heads, d]``. keys, values: of one layer, ``[heads, columns, d]``, contiguous. starts, lengths, sources,
+    shared: int32 ``[rows]``; row b sees lengths[b] + 1 columns, ``longest`` at most: the first shared[b] of them from column
+    sources[b] on, the others from starts[b] on. A row with a start below 0 is not there: its result is 0.
     """
     rows, heads, d = queries.shape
-    capacity = keys.shape[2]
-    splits, width = triton.cdiv(capacity, COLUMNS), triton.next_power_of_2(d)
+    splits, width = triton.cdiv(longest, COLUMNS), triton.next_power_of_2(d)
     sums = queries.new_empty(rows, heads, splits, d, dtype=torch.float32)
     marks = queries.new_empty(rows, heads, splits, 2, dtype=torch.float32)
     _attend[rows, heads, splits](
-        queries, keys, values, slots, lengths, sources, shared, sums, marks, heads, capacity, d**-0.5,
+        queries, keys, values, starts, lengths, sources, shared, sums, marks, heads, keys.shape[1], d**-0.5,
         SIZE=d, WIDTH=width, COLUMNS=COLUMNS, BLOCK=32,
     )  # fmt: skip
     out = queries.new_empty(rows, planes, heads * d // planes)

@@ -108,11 +108,10 @@ def _rotate(
     parts,  # [SPLITS, rows, heads, 3, 2, half]
     table,  # float32 [2, length, 2, half]: cosines and sines, the same in both halves
     positions,  # int64 [rows]
-    slots,  # int32 [rows], below 0: nothing is written
-    columns,  # int32 [rows]
+    columns,  # int32 [rows], below 0: nothing is written
     queries,  # [rows, heads, 2, half]
     keys,
-    values,  # [slots, heads, capacity, 2, half]
+    values,  # [heads, capacity, 2, half]
     rows,
     heads,
     half,
@@ -135,9 +134,9 @@ def _rotate(
     own = queries + (row * heads + head) * 2 * half + d
     tl.store(own, (first * cos - second * sin).to(queries.dtype.element_ty), mask=there)
     tl.store(own + half, (second * cos + first * sin).to(queries.dtype.element_ty), mask=there)
-    slot = tl.load(slots + row).to(tl.int64)
-    if slot >= 0:
-        cell = ((slot * heads + head) * capacity + tl.load(columns + row)) * 2 * half + d
+    column = tl.load(columns + row)
+    if column >= 0:
+        cell = (head.to(tl.int64) * capacity + column) * 2 * half + d
         first = _added(parts, place + 2 * half, there, SPLITS, distance)
         second = _added(parts, place + 3 * half, there, SPLITS, distance)
         tl.store(keys + cell, (first * cos - second * sin).to(keys.dtype.element_ty), mask=there)
@@ -148,21 +147,19 @@ def _rotate(
         tl.store(values + cell + half, second.to(values.dtype.element_ty), mask=there)
 
 
-def rotate(
-    parts: Tensor, table: Tensor, positions: Tensor, slots: Tensor, columns: Tensor, keys: Tensor, values: Tensor
-) -> Tensor:
+def rotate(parts: Tensor, table: Tensor, positions: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Turn queries and keys by their positions; queries ``[rows, heads, d]`` come back, keys and values go into the cache.
 
     parts: of the fused projection, ``[splits, rows, heads * 3 * d]``, query, key and value of a head side by side. table:
-    float32 ``[2, length, d]``, ``RotaryTable.table``. positions: int64 ``[rows]``, below length. slots, columns: int32
-    ``[rows]``, where in the cache a row goes; a slot below 0 writes nothing. keys, values: of one layer, ``[slots, heads,
-    capacity, d]``, contiguous; queries have their type.
+    float32 ``[2, length, d]``, ``RotaryTable.table``. positions: int64 ``[rows]``, below length. columns: int32 ``[rows]``,
+    where in the cache a row goes; one below 0 writes nothing. keys, values: of one layer, ``[heads, columns, d]``, contiguous;
+    queries have their type.
     """
     splits, rows, _ = parts.shape
-    _, heads, capacity, d = keys.shape
+    heads, capacity, d = keys.shape
     queries, block = keys.new_empty(rows, heads, d), 256
     _rotate[rows, triton.cdiv(heads * d // 2, block)](
-        parts, table, positions, slots, columns, queries, keys, values, rows, heads, d // 2, table.shape[1], capacity,
+        parts, table, positions, columns, queries, keys, values, rows, heads, d // 2, table.shape[1], capacity,
         SPLITS=splits, BLOCK=block,
     )  # fmt: skip
     return queries

@@ -7,7 +7,7 @@ graph and then replayed by one call. Prompts go through torch's matrix products 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openglm.errors import InputError
 from openglm.kernels.gpu.attention import attend
 from openglm.kernels.gpu.fused import geglu, normalize, rotate
 from openglm.kernels.gpu.products import BATCH, Matrix, linear, partial_products
@@ -39,16 +40,21 @@ class _Layer:
 class Pass:
     """Runs tokens through a network whose matrices lie on one GPU in 4 or 8 bits, in float16 or in bfloat16, as they are.
 
-    network: a ``GLM130B`` that ``Pass.why_not`` says nothing about. keys, values: the cache, ``[layers, slots, heads, capacity,
-    d]`` each, of the network's type; a row of a batch has a place (slot) in it. graphs: replay steps as CUDA graphs; without,
-    and in Triton's interpreter, each kernel is launched from Python.
+    network: a ``GLM130B`` that ``Pass.why_not`` says nothing about. keys, values: the cache, ``[layers, heads, columns, d]``
+    each, of the network's type, in which a row has runs of columns, ``longest`` together at most. graphs: replay steps as CUDA
+    graphs; without, and in Triton's interpreter, each kernel is launched from Python.
     """
 
-    def __init__(self, network: Any, keys: Tensor, values: Tensor, *, graphs: bool = True, scratch: int = SCRATCH) -> None:
+    has_head = True
+    invariant_prompts = False
+
+    def __init__(
+        self, network: Any, keys: Tensor, values: Tensor, longest: int, *, graphs: bool = True, scratch: int = SCRATCH
+    ) -> None:
         config = network.config
         self.config, self._network = config, network
         self.device, self.dtype = keys.device, keys.dtype
-        self.keys, self.values = keys, values
+        self.keys, self.values, self._longest = keys, values, longest
 
         def norm(module: Any) -> Norm:
             return module.weight.detach(), module.bias.detach(), module.eps
@@ -66,9 +72,11 @@ class Pass:
         ]
         self._head = Matrix.of(network.word_embeddings)
         self._final_norm = norm(network.final_layernorm)
-        length = max(config.max_sequence_length, keys.shape[3])
+        length = max(config.max_sequence_length, longest)
         self._table = network.rotary.table(length, self.device, torch.float32)
         self._scratch_bytes, self._scratch = scratch, torch.empty(0, dtype=self.dtype, device=self.device)
+        #: Whether a row of a step has the same bits in any company.
+        self.invariant_steps = self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) >= (8, 0)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
         self._capturing = graphs and self.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._capturing else None
@@ -94,22 +102,22 @@ class Pass:
         self,
         tokens: Tensor,
         positions: Tensor,
-        slots: Tensor,
+        starts: Tensor,
         lengths: Tensor,
         sources: Tensor | None = None,
         shared: Tensor | None = None,
     ) -> Tensor:
         """Logits float32 ``[b, v]`` behind one token a row; its key and value go into the cache.
 
-        All arguments are integers ``[b]`` on the network's device, any b. positions: of the tokens, below the cache's capacity
-        or the model's maximum length. slots: places in the cache. lengths: columns in use; the token goes to that column.
-        sources, shared: columns 0 to shared - 1 are read in slot ``sources`` instead, the rest in a row's own slot, so that
-        rows share a prompt; None = nothing is shared. A row's logits do not depend on the other rows: bit for bit on a GPU of
-        compute capability 8.0 or more.
+        All arguments are integers ``[b]`` on the network's device, any b. positions: of the tokens, below ``longest`` or the
+        model's maximum length. lengths: columns of a row in use. starts: where in the cache its columns lie, but for the first
+        ``shared`` of them, which lie from ``sources`` on, so that rows share a prompt; None = nothing is shared. Several rows
+        may be tokens of one sequence, one behind the other. A row's logits do not depend on other sequences: bit for bit on a
+        GPU of compute capability 8.0 or more.
         """
-        sources = slots if sources is None else sources
-        shared = torch.zeros_like(slots) if shared is None else shared
-        arguments = (tokens, positions, slots, lengths, sources, shared)
+        sources = starts if sources is None else sources
+        shared = torch.zeros_like(starts) if shared is None else shared
+        arguments = (tokens, positions, starts, lengths, sources, shared)
         if len(tokens) > BATCH:
             parts = zip(*(argument.split(BATCH) for argument in arguments), strict=True)
             return torch.cat([self.step(*part) for part in parts])
@@ -126,25 +134,36 @@ class Pass:
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, slots: Tensor, last: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        starts: Tensor,
+        counts: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Logits float32 ``[b, v]`` behind the last token of each prompt; keys and values fill columns 0 to s - 1 of its slot.
+        """Logits float32 ``[n, v]`` behind some tokens of prompts; keys and values go to columns from ``starts`` on.
 
-        tokens, positions: int64 ``[b, s]``. mask: bool ``[b, s, s]``, True = may attend; None = all may. slots: integers
-        ``[b]``. last: int64 ``[b]``, which token of a padded prompt is its last; None = s - 1.
+        tokens, positions: int64 ``[b, s]``. mask: bool ``[b, s, s]``, True = may attend; None = all may. starts: integers
+        ``[b]``. counts: integers ``[b]``, tokens of prompts that are padded on the right; None = s. rows: int64 ``[n]`` into
+        ``[b * s]``; None = the last token of each prompt.
         """
         b, s = tokens.shape
-        heads, d = self.keys.shape[2], self.keys.shape[4]
-        if last is None:
-            last = torch.full((b,), s - 1, device=self.device)
+        heads, d = self.keys.shape[1], self.keys.shape[3]
+        if counts is None:
+            counts = torch.full((b,), s, device=self.device)
+        if rows is None:
+            rows = torch.arange(b, device=self.device) * s + counts - 1
         if self._scratch.numel() == 0 and any(matrix.bits < 16 for layer in self._layers for matrix in _matrices(layer)):
             widest = max(matrix.columns for layer in self._layers for matrix in _matrices(layer))
             self._scratch = self._scratch.new_empty(max(self._scratch_bytes // 2, widest))
-        columns = torch.arange(s, dtype=torch.int32, device=self.device).repeat(b)
+        token = torch.arange(s, device=self.device)
+        columns = torch.where(token < counts[:, None], starts[:, None] + token, -1)  # padding goes nowhere
+        seen = columns.clamp(min=0).long()
         mask = None if mask is None else mask.unsqueeze(1)
 
         def attention(layer: int, queries: Tensor, planes: int) -> Tensor:
-            key, value = (cache[layer][slots.long(), :, :s] for cache in (self.keys, self.values))
+            key, value = (cache[layer][:, seen].transpose(0, 1) for cache in (self.keys, self.values))
             query = queries.view(b, s, heads, d).transpose(1, 2)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).reshape(b * s, 1, -1)
 
@@ -152,26 +171,65 @@ class Pass:
             return linear(x.flatten(1), matrix, self._scratch).unsqueeze(0)
 
         with self._on_device():
-            own = slots.to(torch.int32).repeat_interleave(s)
-            rows = torch.arange(b, device=self.device) * s + last
-            x = self._run(tokens.flatten(), positions.flatten(), own, columns, product, attention, deal=False, rows=rows)
+            to = columns.to(torch.int32).flatten()
+            x = self._run(tokens.flatten(), positions.flatten(), to, product, attention, deal=False, rows=rows)
             return torch.cat([self._logits(part) for part in x.split(BATCH)])
 
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        pool: Any,
+        places: Sequence[Any],
+        counts: Sequence[int],
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """A pass as ``kernels.cpu.network.Pass`` makes it, over the pool that these kernels were made for.
+
+        Several tokens of a sequence are fed as so many rows of one step, each of which sees those before it.
+        """
+        b, s = tokens.shape
+        if pool.keys is not self.keys:
+            raise ValueError("these kernels were made for another cache")
+
+        def integers(values: Sequence[Any]) -> Tensor:
+            return torch.tensor(values, device=self.device)
+
+        if all(place.length == 0 for place in places):
+            starts = integers([place.prompt.start for place in places])
+            rows = torch.arange(b * s, device=self.device) if rows is None else rows.to(self.device)
+            return self.prefill(tokens, positions, mask, starts, integers(counts), rows)
+        fed = [(row, token) for row, count in enumerate(counts) for token in range(count)]
+        index = integers([row * s + token for row, token in fed])
+        if max(places[row].length + token for row, token in fed) >= self._longest:
+            raise InputError(f"a sequence has more than the {self._longest} columns that these kernels were made for")
+        where = [
+            (places[row].own.start, places[row].length + token, places[row].prompt.start, places[row].shared)
+            for row, token in fed
+        ]
+        found = self.step(tokens.flatten()[index], positions.flatten()[index], *integers(where).unbind(1))
+        if len(fed) < b * s:
+            found = found.new_zeros(b * s, found.shape[1]).index_copy_(0, index, found)
+        return found if rows is None else found[rows.to(self.device)]
+
     def _decode(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, lengths: Tensor, sources: Tensor, shared: Tensor
+        self, tokens: Tensor, positions: Tensor, starts: Tensor, lengths: Tensor, sources: Tensor, shared: Tensor
     ) -> Tensor:
         """``step`` kernel by kernel, for at most 16 rows; tokens and positions int64, the others int32."""
 
         def attention(layer: int, queries: Tensor, planes: int) -> Tensor:
-            return attend(queries, self.keys[layer], self.values[layer], slots, lengths, sources, shared, planes)
+            keys, values = self.keys[layer], self.values[layer]
+            return attend(queries, keys, values, starts, lengths, sources, shared, self._longest, planes)
 
-        return self._logits(self._run(tokens, positions, slots, lengths, partial_products, attention, deal=True))
+        columns = torch.where(lengths < shared, sources + lengths, starts + lengths - shared)
+        columns = torch.where(starts < 0, -1, columns).to(torch.int32)
+        return self._logits(self._run(tokens, positions, columns, partial_products, attention, deal=True))
 
     def _run(
         self,
         tokens: Tensor,
         positions: Tensor,
-        slots: Tensor,
         columns: Tensor,
         product: Callable[[Tensor, Matrix], Tensor],
         attention: Callable[[int, Tensor, int], Tensor],
@@ -193,7 +251,7 @@ class Pass:
         normed, dealt = normalize(x, None, 1.0, layers[0].input_norm, planes(layers[0].query_key_value))
         for number, layer in enumerate(layers):
             parts = product(dealt, layer.query_key_value)
-            queries = rotate(parts, self._table, positions, slots, columns, self.keys[number], self.values[number])
+            queries = rotate(parts, self._table, positions, columns, self.keys[number], self.values[number])
             parts = product(attention(number, queries, planes(layer.dense)), layer.dense)
             normed, dealt = normalize(normed, parts, alpha, layer.attention_norm, planes(layer.h_to_4h))
             dealt = geglu(product(dealt, layer.h_to_4h), normed, planes(layer.four_h_to_h))
