@@ -156,5 +156,25 @@ def verdict(found: Estimate, memory: float) -> tuple[bool, str]:
     return False, f"it does not fit: {need}{would}"
 
 
+def layers_that_fit(found: Estimate, memory: float, slots: int) -> int:
+    """How many layers of a model may stay in ``memory`` bytes, while the others come and go through so many slots.
+
+    All of them where none needs to go. Raises ``InputError`` where not even the slots fit beside what must stay.
+    """
+    layers = found.config.num_layers
+    if found.total <= memory:
+        return layers
+    moving = sum(term.bytes for term in found.terms if term.name in ("layers", "scales", "biases and norms")) / layers
+    slots = min(slots, layers)
+    least = found.total - (layers - slots) * moving
+    if least > memory:
+        raise InputError(
+            f"embedding, keys and values, activations and {slots} layers at a time need {least / GB:,.2f} GB, "
+            f"and there are {memory / GB:,.2f} GB",
+            key="memory",
+        )
+    return int((memory - least) // moving)
+
+
 def _gb(size: float) -> str:
     return f"{math.ceil(size / GB * 10) / 10:,.1f} GB"
