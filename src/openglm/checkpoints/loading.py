@@ -226,9 +226,9 @@ def convert_source(
     return errors
 
 
-def row_slices(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of a tensor, ``SLICE`` numbers at most where a row is not more than that."""
-    rows = max(SLICE // max(torch.Size(shape[1:]).numel(), 1), 1)
+def row_slices(shape: Sequence[int], numbers: int = SLICE) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of a tensor, so many numbers at most where a row is not more than that."""
+    rows = max(numbers // max(torch.Size(shape[1:]).numel(), 1), 1)
     for start in range(0, shape[0], rows):
         yield start, min(start + rows, shape[0])
 

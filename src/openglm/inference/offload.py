@@ -26,6 +26,8 @@ from openglm.quantization.layers import fill_panels
 Rows = Callable[[str, int, int], Tensor]
 #: Layers that have room on the device beside those that stay: one is computed while the next is copied.
 SLOTS = 2
+#: Numbers that are copied at once. What is read stays in the allocator's hands for a while, so it is little.
+SLICE = 1 << 19
 #: Where the layers lie that do not stay on the device.
 PLACES = ("host", "disk")
 
@@ -112,7 +114,7 @@ def _fill(slot: Slot, prefix: str, rows: Rows, side: torch.cuda.Stream | None) -
 
 def _copy(target: Tensor, name: str, rows: Rows) -> None:
     """Fill a tensor by a stored one of any dtype, a slice at a time."""
-    for start, stop in row_slices(target.shape):
+    for start, stop in row_slices(target.shape, SLICE):
         found = rows(name, start, stop)
         if target.is_cuda:
             found = found.to(target.dtype)
