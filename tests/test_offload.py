@@ -17,7 +17,7 @@ from command_line import refuse, run
 from torch import Tensor
 
 import openglm
-from openglm.checkpoints import open_model, save_checkpoint
+from openglm.checkpoints import open_model, save_checkpoint, save_released
 from openglm.checkpoints.loading import convert_source, empty_network
 from openglm.config import ModelConfig
 from openglm.config import QuantizationScheme as Scheme
@@ -28,6 +28,7 @@ from openglm.infilling import generation_prompt
 from openglm.kernels.cpu.library import VARIANT, variants
 from openglm.models.glm130b import GLM130B
 from openglm.planning.inference import Use, estimate, layers_that_fit
+from openglm.tokenizers import load_tokenizer
 from openglm.tokenizers.unigram import UnigramTokenizer
 
 TEXTS = ["The [MASK] is blue.", "山里有 [MASK] 庙。", "Once [MASK] a time", "The capital of France is"]
@@ -73,13 +74,17 @@ def logits(glm: GLM) -> Tensor:
     return torch.stack(found)
 
 
-def load(folder: Path, offload: str, resident: int = 2, dtype: str = "float32") -> GLM:
-    return openglm.load(folder, dtype=dtype, device="cpu", offload=offload, memory=budget(folder, resident, dtype))
+def load(folder: Path, place: str, resident: int = 2, dtype: torch.dtype = torch.float32, slots: int = 2) -> GLM:
+    source = open_model(folder)
+    network = empty_network(source.config)
+    load_streamed(network, source, dtype, torch.device("cpu"), resident=resident, place=place, slots=slots)
+    tokenizer = load_tokenizer(source.tokenizer_path) if source.tokenizer_path else None
+    return GLM(network.eval().requires_grad_(False), tokenizer)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("place", ["host", "disk"])
-def test_plain_layers_give_the_same_bits(model: Path, place: str, dtype: str) -> None:
+def test_plain_layers_give_the_same_bits(model: Path, place: str, dtype: torch.dtype) -> None:
     whole, found = openglm.load(model, dtype=dtype, device="cpu"), load(model, place, dtype=dtype)
     assert streamed(found) == [1, 2, 4, 5, 6] and not streamed(whole)
     assert torch.equal(logits(found), logits(whole))
@@ -107,7 +112,7 @@ def test_quantized_layers_give_the_same_bits(monkeypatch, model: Path, scheme: S
 def test_quantized_layers_in_half_precision_give_the_same_bits(model: Path) -> None:
     folder = quantized(model, Scheme(4, 32))
     assert torch.equal(
-        logits(load(folder, "disk", 1, "bfloat16")), logits(openglm.load(folder, dtype="bfloat16", device="cpu"))
+        logits(load(folder, "disk", 1, torch.bfloat16)), logits(openglm.load(folder, dtype="bfloat16", device="cpu"))
     )
 
 
@@ -131,17 +136,30 @@ def test_every_kind_of_request_works(model: Path) -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 9])
 def test_any_number_of_slots(model: Path, slots: int) -> None:
-    source, device = open_model(model), torch.device("cpu")
-    whole = openglm.load(model, device="cpu")
+    wanted = logits(openglm.load(model, device="cpu"))
     for resident in (0, 6):
-        network = empty_network(source.config)
-        load_streamed(network, source, torch.float32, device, resident=resident, place="disk", slots=slots)
-        assert torch.equal(logits(GLM(network.eval().requires_grad_(False))), logits(whole))
+        assert torch.equal(logits(load(model, "disk", resident, slots=slots)), wanted)
+
+
+def test_a_released_model_is_streamed_too(tmp_path: Path, model: Path) -> None:
+    source = open_model(model)
+    save_released(
+        tmp_path / "released", source.config, {name: source.tensor(name) for name in source.names()}, tensor_parallel=2
+    )
+    whole = openglm.load(tmp_path / "released", device="cpu")
+    for place in ("host", "disk"):
+        assert torch.equal(logits(load(tmp_path / "released", place)), logits(whole))
 
 
 def test_layers_stay_as_long_as_they_fit(model: Path) -> None:
     for resident in range(5):
-        assert len(streamed(load(model, "auto", resident))) == 7 - resident
+        assert len(streamed(openglm.load(model, device="cpu", offload="auto", memory=budget(model, resident)))) == 7 - resident
+    half = (budget(model, 1) - budget(model, 0)) / 2  # of a layer: what it takes in float16
+    for offload, dtype in (("host", "float16"), ("disk", "float32")):
+        with pytest.raises(InputError, match="2 layers at a time need"):
+            openglm.load(model, device="cpu", dtype=dtype, offload=offload, memory=budget(model, 0, dtype) - 2)
+    found = openglm.load(model, device="cpu", offload="host", memory=budget(model, 0) + 7 * half)
+    assert len(streamed(found)) == 7 and any("host memory" in note for note in found.notes)
     for place in ("auto", "host", "disk"):
         assert not streamed(openglm.load(model, device="cpu", offload=place))  # the machine has enough
     assert [len(streamed_layers(48, stay)) for stay in (0, 1, 47, 48)] == [48, 47, 1, 0]

@@ -18,7 +18,7 @@ from openglm.inference.glm import GLM
 from openglm.inference.offload import PLACES, SLOTS, load_streamed
 from openglm.inference.speculation import LookupDrafter, ModelDrafter, check_draft
 from openglm.models.glm130b import GLM130B
-from openglm.planning.inference import RESERVE, WIDTHS, Use, estimate, layers_that_fit, verdict
+from openglm.planning.inference import RESERVE, WIDTHS, Use, estimate, layer_bytes, layers_that_fit, verdict
 from openglm.storage import total_memory
 from openglm.tokenizers import load_tokenizer
 from openglm.tokenizers.base import Tokenizer
@@ -46,7 +46,8 @@ def load(
     proposes what stands in the text already, a smaller model (by name, folder or object) what it would write itself.
     ``offload``: layers that do not fit on the device stay in memory beside it ("host") or in the folder ("disk"), and are
     copied ahead of their use; "auto" takes the host for a GPU if they fit there, else the disk. ``memory``: bytes that weights,
-    keys and values and activations may then take on the device; None: all it has, less a reserve.
+    keys and values and activations may then take on the device; None: all it has, less a reserve. On a CPU "host" keeps
+    layers as they are stored, in the same memory: half precision is widened as it is used.
 
     Raises ``ModelNotFoundError`` with the nearest bundled name, ``CheckpointError`` for a damaged or foreign folder,
     ``ConfigError`` or ``TokenizerError`` for what it holds, ``InputError`` for a dtype or device that cannot be used, or a
@@ -106,7 +107,7 @@ def _load_what_fits(
     cache_dtype: str | torch.dtype | None,
 ) -> list[str]:
     """Fill a network of which some layers may be streamed; returns notes that say which. Raises ``InputError``."""
-    _, name = _dtype_names(source, dtype)
+    stored, name = _dtype_names(source, dtype)
     config, kind = network.config, _kind(place)
     cache = name if cache_dtype is None else str(cache_dtype).removeprefix("torch.")
     use = Use(
@@ -118,11 +119,12 @@ def _load_what_fits(
     found = estimate(config, use)
     if memory is not None:  # of the model alone
         found = dataclasses.replace(found, terms=tuple(term for term in found.terms if term.name != "reserve"))
-    resident = layers_that_fit(found, _memory(place) if memory is None else memory, SLOTS)
+    # On a CPU, the host is the device: layers that do not stay are there all the same, but as they are stored.
+    kept = layer_bytes(estimate(config, dataclasses.replace(use, dtype=stored))) if (kind, offload) == ("cpu", "host") else 0.0
+    resident = layers_that_fit(found, _memory(place) if memory is None else memory, SLOTS, kept)
     gone = config.num_layers - resident
     if offload == "auto":
-        moving = gone * (found.total / config.num_layers)
-        offload = "host" if kind == "gpu" and moving + RESERVE["cpu"] <= total_memory() else "disk"
+        offload = "host" if kind == "gpu" and gone * layer_bytes(found) + RESERVE["cpu"] <= total_memory() else "disk"
     load_streamed(network, source, resolve_dtype(name), place, resident=resident, place=offload)
     if not gone:
         return []
