@@ -10,6 +10,7 @@ checksums.json                     size and SHA-256 of every other file
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,7 +48,8 @@ class Checkpoint:
     """A model folder of our own format, opened: its tensors are memory-mapped when they are asked for.
 
     A mapped tensor is private (copy on write): it may be written to, the file never changes; and the file may be
-    replaced or removed by ``save_checkpoint`` while tensors of it are in use.
+    replaced or removed by ``save_checkpoint`` while tensors of it are in use. ``rows`` reads the file anew each time, and
+    refuses one that is no longer the file that was opened.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, shards: Mapping[str, str], settings: Mapping[str, Any]) -> None:
@@ -61,6 +63,7 @@ class Checkpoint:
         self.tokenizer_path: Path | None = folder / name if name else None
         self._shards = shards
         self._open_files: dict[str, Any] = {}
+        self._opened: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype, int]]] = {}
 
     def names(self) -> list[str]:
@@ -78,10 +81,16 @@ class Checkpoint:
             raise _damaged(path, error) from error
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, read into memory of their own, not mapped."""
+        """Rows ``start`` to ``stop`` of a tensor, read into memory of their own, not mapped.
+
+        Raises ``CheckpointError`` for a name that is not there, and for a file that has gone or changed since it was opened.
+        """
         if name not in self._shards:
             raise CheckpointError(f"`{self.folder}` has no tensor `{name}`", path=self.folder, key=name)
         path = self.folder / self._shards[name]
+        self._file(path)
+        if _identity(path) != self._opened[path.name]:
+            raise CheckpointError(f"`{path}` has changed since it was opened", hint="load the model again", path=path)
         if path.name not in self._places:
             self._places[path.name] = _read_header(path)
         shape, dtype, position = self._places[path.name][name]
@@ -100,11 +109,7 @@ class Checkpoint:
 
     def _file(self, path: Path) -> Any:
         if path.name not in self._open_files:
-            try:
-                with open(path, "rb"):  # safetensors calls every refusal "No such file"
-                    pass
-            except OSError as error:
-                raise CheckpointError(f"cannot read `{path}`: {error.strerror}", path=path) from error
+            self._opened[path.name] = _identity(path)  # which also tells a refusal; safetensors calls each "No such file"
             try:
                 self._open_files[path.name] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -137,6 +142,16 @@ class Checkpoint:
                 raise CheckpointError(
                     f"`{path}` names the tensor `{name}`, which this model does not have", path=path, key=name
                 )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Numbers that are others for a file which was replaced or written to. Raises ``CheckpointError`` if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"cannot read `{path}`: {error.strerror}", path=path) from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:

@@ -198,7 +198,7 @@ def convert_source(
         if scheme is not None and calibration:
             gptq = quantize_layers(empty_network(source.config).eval(), source.tensor, calibration, scheme)
         for done, name in enumerate(names, 1):
-            own, slices = scheme_of(name, scheme), _slices(shapes[name].shape)
+            own, slices = scheme_of(name, scheme), row_slices(shapes[name].shape)
             if own is None:
                 for start, stop in slices:
                     yield name, start, source.rows(name, start, stop)
@@ -226,9 +226,9 @@ def convert_source(
     return errors
 
 
-def _slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of a tensor, ``SLICE`` numbers at most where a row is not more than that."""
-    rows = max(SLICE // max(torch.Size(shape[1:]).numel(), 1), 1)
+def row_slices(shape: Sequence[int], numbers: int = SLICE) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of a tensor, so many numbers at most where a row is not more than that."""
+    rows = max(numbers // max(torch.Size(shape[1:]).numel(), 1), 1)
     for start in range(0, shape[0], rows):
         yield start, min(start + rows, shape[0])
 

@@ -32,6 +32,9 @@ class Request:
     dtype: str | None = None
     cache_dtype: str | None = None
     draft: str | None = None
+    offload: str | None = None
+    memory: float | None = None
+    """Gigabytes."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of ``GLM.fill`` and ``GLM.generate``, only those that were given."""
     json: bool = False
@@ -52,6 +55,8 @@ class Request:
                 device=self.device,
                 cache_dtype=self.cache_dtype,
                 draft=self.draft,
+                offload=self.offload,
+                memory=None if self.memory is None else self.memory * 1e9,
             )
 
     def check(self, text: str, place: str = "the text") -> None:

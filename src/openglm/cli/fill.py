@@ -34,6 +34,8 @@ def fill(
     dtype: options.Dtype = None,
     cache_dtype: options.CacheDtype = None,
     draft: options.Draft = None,
+    offload: options.Offload = None,
+    memory: options.Memory = None,
     max_tokens: options.MaxTokens = None,
     min_tokens: options.MinTokens = None,
     num_beams: options.NumBeams = None,
@@ -76,7 +78,7 @@ def fill(
         seed=seed,
         stop=stop,
     )
-    request = Request("fill", model, download, device, dtype, cache_dtype, draft, settings, json, batch_size)
+    request = Request("fill", model, download, device, dtype, cache_dtype, draft, offload, memory, settings, json, batch_size)
     if show_layout:
         from openglm.cli.layout import show_layout as show
 

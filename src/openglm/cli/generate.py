@@ -30,6 +30,8 @@ def generate(
     dtype: options.Dtype = None,
     cache_dtype: options.CacheDtype = None,
     draft: options.Draft = None,
+    offload: options.Offload = None,
+    memory: options.Memory = None,
     max_tokens: options.MaxTokens = None,
     min_tokens: options.MinTokens = None,
     num_beams: options.NumBeams = None,
@@ -64,4 +66,7 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    Request("generate", model, download, device, dtype, cache_dtype, draft, settings, json, batch_size).run(text, input, output)
+    request = Request(
+        "generate", model, download, device, dtype, cache_dtype, draft, offload, memory, settings, json, batch_size
+    )
+    request.run(text, input, output)

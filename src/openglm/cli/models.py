@@ -106,6 +106,8 @@ def load_model(
     device: str | None = None,
     cache_dtype: str | None = None,
     draft: str | None = None,
+    offload: str | None = None,
+    memory: float | None = None,
 ) -> GLM:
     """The model, ready to answer; what the loader deduced goes to stderr. Imports torch."""
     folder = model_folder(model, download=download)  # a wrong name is told before torch is imported
@@ -113,7 +115,7 @@ def load_model(
         model_folder(draft)
     from openglm.inference.loading import load
 
-    glm = load(str(folder), dtype=dtype, device=device, cache_dtype=cache_dtype, draft=draft)
+    glm = load(str(folder), dtype=dtype, device=device, cache_dtype=cache_dtype, draft=draft, offload=offload, memory=memory)
     for line in glm.notes:
         console.note(f"note: {line}")
     return glm

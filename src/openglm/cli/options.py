@@ -52,6 +52,24 @@ Draft = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|host|disk",
+        help="Layers that do not fit stay in host memory or on disk, and are copied as they are needed.",
+        autocompletion=lambda incomplete: [place for place in ("auto", "host", "disk") if place.startswith(incomplete)],
+        rich_help_panel=_MODEL,
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GB",
+        help="With --offload: what the model may take on the device.",
+        show_default="all but a reserve",
+        rich_help_panel=_MODEL,
+    ),
+]
 
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens (64).", rich_help_panel=_SEARCH)]
 MinTokens = Annotated[int | None, typer.Option(metavar="N", help="Shortest answer in tokens.", rich_help_panel=_SEARCH)]

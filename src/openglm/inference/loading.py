@@ -15,8 +15,10 @@ from openglm.checkpoints.layout import dtype_name, resolve_dtype
 from openglm.config import ModelConfig
 from openglm.errors import InputError
 from openglm.inference.glm import GLM
+from openglm.inference.offload import PLACES, SLOTS, load_streamed
 from openglm.inference.speculation import LookupDrafter, ModelDrafter, check_draft
-from openglm.planning.inference import Use, estimate, verdict
+from openglm.models.glm130b import GLM130B
+from openglm.planning.inference import RESERVE, WIDTHS, Use, estimate, layer_bytes, layers_that_fit, verdict
 from openglm.storage import total_memory
 from openglm.tokenizers import load_tokenizer
 from openglm.tokenizers.base import Tokenizer
@@ -32,6 +34,8 @@ def load(
     tokenizer: Tokenizer | str | Path | None = None,
     cache_dtype: str | torch.dtype | None = None,
     draft: str | Path | GLM | None = None,
+    offload: str | None = None,
+    memory: float | None = None,
 ) -> GLM:
     """A model by the name of a bundled one, or from a folder: our own format, or a released checkpoint.
 
@@ -40,11 +44,20 @@ def load(
     the folder says, ``tokenizer`` (a file, a folder or an object) the folder's own. ``cache_dtype``: of keys and values,
     "float32", "float16", "bfloat16" or "int8". ``draft`` makes answers come faster and leaves them what they are: "lookup"
     proposes what stands in the text already, a smaller model (by name, folder or object) what it would write itself.
+    ``offload``: layers that do not fit on the device stay in memory beside it ("host") or in the folder ("disk"), and are
+    copied ahead of their use; "auto" takes the host for a GPU if they fit there, else the disk. ``memory``: bytes that weights,
+    keys and values and activations may then take on the device; None: all it has, less a reserve. On a CPU "host" keeps
+    layers as they are stored, in the same memory: half precision is widened as it is used.
 
     Raises ``ModelNotFoundError`` with the nearest bundled name, ``CheckpointError`` for a damaged or foreign folder,
     ``ConfigError`` or ``TokenizerError`` for what it holds, ``InputError`` for a dtype or device that cannot be used, or a
-    model that is larger than the memory.
+    model that is larger than the memory. With ``offload`` so does an answer, if the folder has changed or gone.
     """
+    if offload not in (None, "auto", *PLACES):
+        raise InputError(f"`offload` must be auto, {' or '.join(PLACES)}, not {offload!r}", key="offload")
+    if memory is not None and (offload is None or not memory > 0):
+        what = "goes with `offload`" if offload is None else "must be above 0"
+        raise InputError(f"`memory` {what}", key="memory")
     source = open_model(find_model(model), config)
     changes = {} if rotary_dtype is None else {"rotary_dtype": rotary_dtype}
     chosen = dataclasses.replace(source.config, **changes)
@@ -58,9 +71,13 @@ def load(
     if place.type == "cuda":
         computed = resolve_dtype(dtype if dtype is not None else getattr(source, "dtype", "float16"))
         check_type(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place), computed)
-    _refuse_too_large(chosen, source, dtype, place)
-    network = load_into(empty_network(chosen), source, dtype, place)
-    glm = GLM(network.eval().requires_grad_(False), tokenizer, source.notes)
+    network, notes = empty_network(chosen), list(source.notes)
+    if offload is None:
+        _refuse_too_large(chosen, source, dtype, place)
+        load_into(network, source, dtype, place)
+    else:
+        notes += _load_what_fits(network, source, dtype, place, offload, memory, cache_dtype)
+    glm = GLM(network.eval().requires_grad_(False), tokenizer, notes)
     if cache_dtype is not None:
         glm.engine.set_cache_dtype(cache_dtype)
     if draft == "lookup":
@@ -84,12 +101,60 @@ def check_type(gpu: str, capability: tuple[int, int], dtype: torch.dtype) -> Non
 
 def _refuse_too_large(config: ModelConfig, source: ModelSource, dtype: str | torch.dtype | None, place: torch.device) -> None:
     """Say so before anything is read, if the weights alone are more than there is memory."""
-    stored = getattr(source, "dtype", "float16")
-    name = stored if dtype is None else dtype_name(resolve_dtype(dtype))
+    stored, name = _dtype_names(source, dtype)
     if place.type == "cpu" and name == stored:
         return  # memory-mapped: the system reads what is needed
-    memory = total_memory() if place.type == "cpu" else torch.cuda.get_device_properties(place).total_memory
-    kind = "cpu" if place.type == "cpu" else "gpu"
-    fits, sentence = verdict(estimate(config, Use(dtype=name, context=1, device=kind)), memory)
+    fits, sentence = verdict(estimate(config, Use(dtype=name, context=1, device=_kind(place))), _memory(place))
     if not fits:
-        raise InputError(sentence, key="model")
+        hint = 'with offload="auto" (`glm fill --offload auto`) layers that do not fit are read as they are needed'
+        raise InputError(sentence, hint=hint, key="model")
+
+
+def _load_what_fits(
+    network: GLM130B,
+    source: ModelSource,
+    dtype: str | torch.dtype | None,
+    place: torch.device,
+    offload: str,
+    memory: float | None,
+    cache_dtype: str | torch.dtype | None,
+) -> list[str]:
+    """Fill a network of which some layers may be streamed; returns notes that say which. Raises ``InputError``."""
+    stored, name = _dtype_names(source, dtype)
+    config, kind = network.config, _kind(place)
+    cache = name if cache_dtype is None else str(cache_dtype).removeprefix("torch.")
+    use = Use(
+        dtype=name,
+        cache=cache if cache in WIDTHS else "float16",
+        context=config.max_sequence_length,
+        device=kind,
+    )
+    found = estimate(config, use)
+    if memory is not None:  # of the model alone
+        found = dataclasses.replace(found, terms=tuple(term for term in found.terms if term.name != "reserve"))
+    # On a CPU, the host is the device: layers that do not stay are there all the same, but as they are stored.
+    kept = layer_bytes(estimate(config, dataclasses.replace(use, dtype=stored))) if (kind, offload) == ("cpu", "host") else 0.0
+    resident = layers_that_fit(found, _memory(place) if memory is None else memory, SLOTS, kept)
+    gone = config.num_layers - resident
+    if offload == "auto":
+        offload = "host" if kind == "gpu" and gone * layer_bytes(found) + RESERVE["cpu"] <= total_memory() else "disk"
+    load_streamed(network, source, resolve_dtype(name), place, resident=resident, place=offload)
+    if not gone:
+        return []
+    where = "stay in host memory" if offload == "host" else "are read from disk"
+    return [f"{resident} of {config.num_layers} layers fit on the device, the others {where} and are copied as they are needed"]
+
+
+def _dtype_names(source: ModelSource, dtype: str | torch.dtype | None) -> tuple[str, str]:
+    """The stored type, and the one to compute in."""
+    stored = getattr(source, "dtype", "float16")
+    return stored, stored if dtype is None else dtype_name(resolve_dtype(dtype))
+
+
+def _kind(place: torch.device) -> str:
+    return "cpu" if place.type == "cpu" else "gpu"
+
+
+def _memory(place: torch.device) -> float:
+    """Bytes that the device has."""
+    return torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else total_memory()

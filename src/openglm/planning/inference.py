@@ -158,5 +158,34 @@ def verdict(found: Estimate, memory: float) -> tuple[bool, str]:
     return False, f"it does not fit: {need}{would}"
 
 
+def layers_that_fit(found: Estimate, memory: float, slots: int, kept: float = 0.0) -> int:
+    """How many layers of a model may stay in ``memory`` bytes, while the others come and go through so many slots.
+
+    ``kept``: bytes that a layer which comes and goes takes in the same memory all the same. All layers, where none needs to go.
+    Raises ``InputError`` where not even the slots fit beside what must stay.
+    """
+    layers = found.config.num_layers
+    if found.total <= memory:
+        return layers
+    slots, own = min(slots, layers), layer_bytes(found)
+    least = found.total - (layers - slots) * own + layers * kept
+    if least > memory:
+        raise InputError(
+            f"embedding, keys and values, activations and {slots} layers at a time need {least / GB:,.2f} GB, "
+            f"and there are {memory / GB:,.2f} GB",
+            hint="give it more memory, leave the layers on disk, or take fewer bits",
+            key="memory",
+        )
+    return int((memory - least) // (own - kept))
+
+
+def layer_bytes(found: Estimate) -> float:
+    """Of the weights of one layer."""
+    return (
+        sum(term.bytes for term in found.terms if term.name in ("layers", "scales", "biases and norms"))
+        / found.config.num_layers
+    )
+
+
 def _gb(size: float) -> str:
     return f"{math.ceil(size / GB * 10) / 10:,.1f} GB"

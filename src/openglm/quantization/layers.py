@@ -207,9 +207,18 @@ def _packed(module: QuantizedLinear | QuantizedEmbedding, bias: Tensor | None, h
     rows, columns = len(scales), codes.shape[1] * (2 if scheme.bits == 4 else 1)
     group = _columns(module) if scales.shape[1] > 1 else None
     packed = PanelMatrix(rows, columns, scheme.bits, group, bias, halves)
-    own, slices = rows // halves, max(SLICE // columns // PANEL, 1) * PANEL
-    for half in range(0, rows, own):
-        for first in range(half, half + own, slices):
-            part = slice(first, min(first + slices, half + own))
-            packed.pack(first, unpack(codes[part]) if scheme.bits == 4 else codes[part], scales[part])
+    fill_panels(packed, lambda part, first, end: getattr(module, part)[first:end])
     return packed
+
+
+def fill_panels(matrix: PanelMatrix, rows: Callable[[str, int, int], Tensor]) -> None:
+    """Pack a matrix for the kernels, a slice of its rows at a time.
+
+    ``rows(part, first, end)``: rows of its "codes" int8 (two of 4 bits a byte) or "scales" float16, as a checkpoint has them.
+    """
+    own, slices = matrix.rows // matrix.structure.halves, max(SLICE // matrix.columns // PANEL, 1) * PANEL
+    for half in range(0, matrix.rows, own):
+        for first in range(half, half + own, slices):
+            end = min(first + slices, half + own)
+            codes = rows("codes", first, end)
+            matrix.pack(first, unpack(codes) if matrix.bits == 4 else codes, rows("scales", first, end))

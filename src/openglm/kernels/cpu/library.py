@@ -59,6 +59,7 @@ class Network(Structure):
         ("vocabulary", c_int64),
         ("alpha", c_float),
         ("epsilon", c_float),
+        ("ends", c_int32),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ class Pass:
     """Runs tokens through a ``GLM130B`` on the CPU whose matrices are all ``PanelLinear``.
 
     The product with the vocabulary is in it if that is packed too, else the caller does it. Norms are copied to float32.
+    A layer that is streamed takes a call of its own, and so does every run of layers between such. It has ``held()``, a context
+    with the layer itself, which is one of ``stream.slots``.
     """
 
     #: Every row has the same bits in any company.
@@ -41,9 +44,8 @@ class Pass:
             self._kept.append(module.matrix)
             return module.matrix.structure
 
-        layers = (Layer * config.num_layers)()
-        for n, layer in enumerate(network.layers.values()):
-            layers[n] = Layer(
+        def described(layer: Any) -> Layer:
+            return Layer(
                 matrix(layer.attention.query_key_value),
                 matrix(layer.attention.dense),
                 matrix(layer.mlp.dense_h_to_4h),
@@ -51,12 +53,21 @@ class Pass:
                 norm(layer.input_layernorm),  # pyright: ignore[reportArgumentType]
                 norm(layer.post_attention_layernorm),  # pyright: ignore[reportArgumentType]
             )
-        self._layers = layers
-        self._network = Network(
-            layers,
-            norm(network.final_layernorm),
-            Matrix() if head is None else head.structure,
-            config.num_layers,
+
+        #: Layers that run in one call: how many, and what stands in for a streamed one, or None.
+        self._parts: list[tuple[int, Any]] = []
+        self._layers = (Layer * config.num_layers)()
+        self._slots: dict[int, Layer] = {}
+        for n, layer in enumerate(network.layers.values()):
+            if not hasattr(layer, "held"):
+                self._layers[n] = described(layer)
+                count = self._parts.pop()[0] if self._parts and self._parts[-1][1] is None else 0
+                self._parts.append((count + 1, None))
+                continue
+            self._parts.append((1, layer))
+            for slot in layer.stream.slots:
+                self._slots.setdefault(id(slot), described(slot))
+        self._shape = (
             config.hidden_size,
             config.inner_hidden_size,
             config.num_attention_heads,
@@ -65,6 +76,8 @@ class Pass:
             config.deepnorm_alpha,
             config.layernorm_epsilon,
         )
+        self._final_norm = norm(network.final_layernorm)
+        self._head = Matrix() if head is None else head.structure
         self.has_head = head is not None
         self.config = config
         self.threads = torch.get_num_threads()
@@ -76,7 +89,8 @@ class Pass:
         """True if all matrices of the layers are packed."""
         return all(
             isinstance(matrix, PanelLinear)
-            for layer in network.layers.values()
+            for own in network.layers.values()
+            for layer in (own.stream.slots if hasattr(own, "held") else [own])
             for matrix in (
                 layer.attention.query_key_value,
                 layer.attention.dense,
@@ -102,14 +116,15 @@ class Pass:
         ``[b, s, s]`` of prompts, True = may be attended to; behind a prompt, a token sees all before it. rows: int64 ``[n]``
         into ``[b * s]``.
         """
-        b, s = tokens.shape
+        (b, s), hidden = tokens.shape, self.config.hidden_size
         tokens = tokens.contiguous()
         length = max(place.length for place in places) + s
         rotary = self._rotary.table(max(length, self.config.max_sequence_length), tokens.device, torch.float32)[:, positions]
         rows = torch.arange(b * s) if rows is None else rows.contiguous()
-        normed = torch.empty(len(rows), self.config.hidden_size)
+        normed = torch.empty(len(rows), hidden)
         logits = torch.empty(len(rows), self.config.vocab_size) if self.has_head else None
-        embeddings = None if self.has_head else self._embed(tokens).float().contiguous()
+        whole = self.has_head and len(self._parts) == 1
+        x = None if whole else self._embed(tokens).float().contiguous()
         mask = None if mask is None or any(place.length for place in places) else mask.contiguous()
         where = torch.tensor(
             [
@@ -121,24 +136,37 @@ class Pass:
             b,
             s,
             where.data_ptr(),
-            tokens.data_ptr() if self.has_head else None,
-            None if embeddings is None else embeddings.data_ptr(),
+            tokens.data_ptr() if whole else None,
+            None if x is None else x.data_ptr(),
             rotary.data_ptr(),
             rotary.data_ptr() + rotary[0].numel() * 4,
-            pool.keys.data_ptr(),
-            pool.values.data_ptr(),
-            None if pool.scales is None else pool.scales[0].data_ptr(),
-            None if pool.scales is None else pool.scales[1].data_ptr(),
+            None,
+            None,
+            None,
+            None,
             pool.keys.stride(0) // self.config.head_size,
             pool.columns,
             CACHE_TYPES[pool.keys.dtype],
             None if mask is None else mask.data_ptr(),
             0 if mask is None else mask.stride(-2),
-            rows.data_ptr(),
-            len(rows),
-            normed.data_ptr(),
+            None,
+            0,
+            None,
             None if logits is None else logits.data_ptr(),
         )
-        if self._library.glm_step(ctypes.byref(self._network), ctypes.byref(step), self.threads):
-            raise MemoryError("there is no memory for this pass")
+        first, every, last = 0, torch.arange(b * s), len(self._parts) - 1
+        for index, (count, streamed) in enumerate(self._parts):
+            ends = index == last
+            out, picked, head = (normed, rows, self._head) if ends else (torch.empty(b * s, hidden), every, Matrix())
+            step.picked, step.num_picked, step.normed = picked.data_ptr(), len(picked), out.data_ptr()
+            step.keys, step.values = pool.keys[first].data_ptr(), pool.values[first].data_ptr()
+            if pool.scales is not None:
+                step.key_scales, step.value_scales = (scales[first].data_ptr() for scales in pool.scales)
+            with contextlib.nullcontext() if streamed is None else streamed.held() as slot:
+                layers = self._layers[first] if slot is None else self._slots[id(slot)]
+                network = Network(ctypes.pointer(layers), self._final_norm, head, count, *self._shape, ends)
+                if self._library.glm_step(ctypes.byref(network), ctypes.byref(step), self.threads):
+                    raise MemoryError("there is no memory for this pass")
+            first, x = first + count, out  # what the next part begins with
+            step.ids, step.embeddings = None, x.data_ptr()
         return normed if logits is None else logits

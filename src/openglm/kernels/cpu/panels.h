@@ -51,6 +51,7 @@ typedef struct {
     Matrix head; /* panels NULL: the caller multiplies */
     int64_t num_layers, hidden, inner, heads, head_size, vocabulary;
     float alpha, epsilon;
+    int32_t ends;        /* 0: other layers follow; out is what the last one here gives, without norm and head */
 } Network;
 
 /* Where a sequence lies in the cache: its columns 0 to `shared` from `prompt` on, the others from `own` on. */

@@ -388,8 +388,11 @@ static void pass_work(void *context, int thread) {
         x = job->x;
     }
     while (next_piece(counter, step->num_picked, 4, &first, &end))
-        for (int64_t i = first; i < end; i++)
-            layer_norm(x + step->picked[i] * hidden, net->final_norm, hidden, net->epsilon, step->normed + i * hidden);
+        for (int64_t i = first; i < end; i++) {
+            const float *from = x + step->picked[i] * hidden;
+            if (net->ends) layer_norm(from, net->final_norm, hidden, net->epsilon, step->normed + i * hidden);
+            else memcpy(step->normed + i * hidden, from, hidden * sizeof *from);
+        }
     if (!net->head.panels) return;
     pool_barrier();
     if (thread == 0)
