@@ -22,7 +22,7 @@ from openglm.kernels.gpu.products import BATCH, Matrix, linear, partial_products
 from openglm.kernels.gpu.support import why_not
 
 #: Bytes of the buffer into which matrices are dequantized, slice by slice, for a prompt.
-SCRATCH = 200_000_000
+SCRATCH = 192 << 20  # 8,192 rows of the 130B
 
 Norm = tuple[Tensor, Tensor, float]
 

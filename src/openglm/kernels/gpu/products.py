@@ -4,14 +4,14 @@ The readable twin of both is ``quantization/functional.py``; weights stay packed
 
 - **Tensor cores, for one row too.** The rows of the batch are padded to 16, which costs nothing while memory is the limit, and
   makes the arithmetic of a row the same whatever stands beside it: same tiles, same order of the sum, no atomics.
-- **Conversions.** An H200 delivers some 37 weights of 4 bits a cycle and multiprocessor, which issues 128 instructions in it
-  (of one lane each). Codes become float16 by bits: a mask and an exclusive or put ``code + 8`` under the exponent of 1024,
-  one subtraction of 1032 leaves the code, exactly, two codes an instruction. Instructions a weight in the inner loop for
-  sm_90 (Triton 3.6, all included): 1.8 this way; 2.4 where bytes are the unit, as they need permutations; 3.4 where the same is
-  said in plain Triton, whose compiler does not pair the codes. Leaving codes as denormal float16 would take 1.3, but the offset
-  of 8 must then be taken off through the sum of x. Integer products of 8 bits would need activations in two bytes.
+- **Conversions.** An H200 delivers some 37 weights of 4 bits a cycle to each multiprocessor, which issues 128 lanes of
+  instructions in it. Codes become float16 by bits: a mask and an exclusive or put ``code + 8`` under the exponent of 1024, one
+  subtraction of 1032 leaves the code, exactly, two codes an instruction. Instructions a weight in the inner loop for sm_90
+  (Triton 3.6, all included): 1.7 this way; 2.4 where bytes are the unit, as they need permutations; 3.4 where the same is said
+  in plain Triton, whose compiler does not pair the codes. Leaving codes as denormal float16 would take 1.3, but the offset of 8
+  must then be taken off through the sum of x. Integer products of 8 bits would need activations in two bytes.
 - **Weights on the side of the columns of the product.** As rows they would go through Hopper's wgmma, for which Triton moves
-  the converted weights about with four permutations each: 3.4 instructions a weight.
+  the converted weights about with many permutations: 3.4 instructions a weight.
 - **Dealt columns.** A 16-bit unit of the weights holds 2 or 4 neighbours of a row. Taking the same neighbour out of every unit
   meets every second or fourth column of x, so x comes with its columns dealt out, ``[b, planes, units]``; the kernels that make
   x write it so.
@@ -137,17 +137,22 @@ def _dequantize(
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     there = (row < rows)[:, None] & (unit < units)[None, :]
     tile = tl.load(weight + row[:, None].to(tl.int64) * units + unit[None, :], mask=there, other=0)
+    group = unit // GROUP if GROUP else unit * 0
+    scale = tl.load(scales + row[:, None] * groups + group[None, :], mask=there, other=0.0).to(tl.float32)
     if BITS == 4:
-        even = tl.interleave(_codes(tile, 0, BITS), _codes(tile, 2, BITS))
-        odd = tl.interleave(_codes(tile, 1, BITS), _codes(tile, 3, BITS))
+        even = tl.interleave(_scaled(tile, scale, 0, BITS), _scaled(tile, scale, 2, BITS))
+        odd = tl.interleave(_scaled(tile, scale, 1, BITS), _scaled(tile, scale, 3, BITS))
     else:
-        even, odd = _codes(tile, 0, BITS), _codes(tile, 1, BITS)
+        even, odd = _scaled(tile, scale, 0, BITS), _scaled(tile, scale, 1, BITS)
     column = tl.program_id(1) * UNITS * PLANES + tl.arange(0, UNITS * PLANES)
     there = (row < rows)[:, None] & (column < units * PLANES)[None, :]
-    group = column // (GROUP * PLANES) if GROUP else column * 0
-    scale = tl.load(scales + row[:, None] * groups + group[None, :], mask=there, other=0.0)
-    made = (tl.interleave(even, odd).to(tl.float32) * scale.to(tl.float32)).to(tl.float16)
-    tl.store(out + row[:, None].to(tl.int64) * units * PLANES + column[None, :], made.to(out.dtype.element_ty), mask=there)
+    made = tl.interleave(even, odd).to(out.dtype.element_ty)
+    tl.store(out + row[:, None].to(tl.int64) * units * PLANES + column[None, :], made, mask=there)
+
+
+@triton.jit
+def _scaled(units, scale, PLANE: tl.constexpr, BITS: tl.constexpr):
+    return (_codes(units, PLANE, BITS).to(tl.float32) * scale).to(tl.float16)
 
 
 #: True in Triton's interpreter.
@@ -174,14 +179,20 @@ def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 @functools.cache
-def tiling(rows: int, units: int, group: int, device: torch.device) -> Tiling:
+def tiling(rows: int, units: int, bits: int, group: int, device: torch.device) -> Tiling:
     """The tiles for a matrix of units of 16 bits; ``group``: units that share a scale, 0 = all of a row."""
     capability, processors = gpu(device)
     # Tiles in flight fill shared memory: 227 KB of it on a 9.0 or 10.0, 163 on an 8.0, 99 on most others.
-    most, resident = {8: (64, 2) if capability == (8, 0) else (32, 2), 9: (64, 3), 10: (64, 3)}.get(capability[0], (32, 2))
-    size = group & -group  # the largest power of two that divides a group, if that will do
-    size = min(size, most) if size >= 16 else 16 if group == 8 else most
-    programs, tiles = processors * resident, -(-rows // 128)
+    resident = {(9, 0): 3, (10, 0): 3}.get(capability, 2)
+    roomy = capability in ((8, 0), (9, 0), (10, 0))
+    height, width = 128, 64 if roomy else 32
+    if roomy and bits == 4 and rows >= 256 * processors:
+        height, width = 256, 32  # a higher tile reads x less often from shared memory, which is busiest with 4 bits
+    if 0 < group < 16 or group % 16:
+        width = 16 if group == 8 else width
+    elif group:
+        width = min(width, group & -group)  # the largest power of two that divides a group
+    programs, tiles = processors * resident, -(-rows // height)
 
     def time(splits: int) -> float:
         """Against a GPU that is busy to the end: the last wave of programs may be short; two of them a multiprocessor read
@@ -190,8 +201,8 @@ def tiling(rows: int, units: int, group: int, device: torch.device) -> Tiling:
         busy = waves / -(-waves // 1) if waves > 1 else min(tiles * splits / (2 * processors), 1.0)
         return 1 / busy + 0.03 * splits
 
-    allowed = [splits for splits in range(1, 9) if units >= splits * 8 * size] or [1]
-    return Tiling(128, size, min(allowed, key=time), stages=4 if size == 64 else 6)
+    allowed = [splits for splits in range(1, 9) if units >= splits * 8 * width] or [1]
+    return Tiling(height, width, min(allowed, key=time), stages=6 if roomy and width * height < 8192 else 4)
 
 
 @dataclass(frozen=True)
@@ -234,7 +245,7 @@ class Matrix:
     @property
     def tiling(self) -> Tiling:
         """How its products are divided."""
-        return tiling(self.rows, self.weight.shape[1], self.group, self.weight.device)
+        return tiling(self.rows, self.weight.shape[1], self.bits, self.group, self.weight.device)
 
     @staticmethod
     def why_not(module: Any) -> str:
