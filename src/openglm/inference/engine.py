@@ -11,13 +11,15 @@ from torch import Tensor
 from openglm.errors import InputError
 from openglm.inference.cache import ColumnPool, Place, Run
 from openglm.inference.decoding import Decoding, single
-from openglm.inference.sampling import SamplingSettings
+from openglm.inference.sampling import SamplingSettings, make_generator
 from openglm.inference.scheduler import Request, Scheduler, Token
 from openglm.inference.speculation import Drafter
 from openglm.infilling import Batch, Layout, Prompt
 from openglm.kernels.cpu.network import Pass
+from openglm.kernels.cpu.panels import PanelLinear
 from openglm.kernels.onednn import use_onednn
 from openglm.models.glm130b import GLM130B
+from openglm.parallel.inference import RankNetwork
 from openglm.quantization.layers import use_panels
 
 
@@ -31,12 +33,15 @@ class Engine:
         self.notes = [note] if (note := use_panels(network)) else []
         """What runs slower than it could, one sentence each."""
         use_onednn(network)
+        self._packed = any(isinstance(module, PanelLinear) for module in network.modules())
         self.kernel = Pass(network) if self.dtype == torch.float32 and Pass.serves(network) else None
-        """Runs prompts and steps in one call each, where the network is quantized and on a CPU."""
+        """Runs prompts and steps in one call each, where the network is quantized, whole, and on a CPU."""
         self.cache_dtype = self.dtype if self.kernel is None else torch.float16
         """Of keys and values: the network's, or half of it where the kernel reads that as fast as it comes."""
         self.drafter: Drafter | None = None
         """Proposes tokens that are checked several at once; see ``speculation``."""
+        self.group = network.group if isinstance(network, RankNetwork) else None
+        """The tensor-parallel ranks that run this network together; all of them are to be given the same requests."""
 
     @property
     def device(self) -> torch.device:
@@ -80,13 +85,21 @@ class Engine:
     @property
     def rounds(self) -> bool:
         """Whether it computes in half precision or in kernels for quantized weights."""
-        return self.kernel is not None or self.dtype.itemsize < 4
+        return self._packed or self.dtype.itemsize < 4
+
+    def generator(self, settings: SamplingSettings) -> torch.Generator:
+        """The generator of one text; without a seed it starts anywhere, but at the same place on all ranks."""
+        seed = settings.seed
+        if seed is None and self.group is not None and not settings.greedy:
+            seed = self.group.told(lambda: make_generator(None).initial_seed())
+        return make_generator(seed)
 
     def decoding(self, columns: int, *, padding: str = "right") -> Decoding:
         """Room for sequences of so many columns together, prompts and answers."""
         if self.kernel is not None:
             self.kernel.threads = torch.get_num_threads()
-        pool = ColumnPool(self.config, columns, dtype=self.cache_dtype, device=self.device)
+        heads = self.network.heads
+        pool = ColumnPool(self.config, columns, dtype=self.cache_dtype, device=self.device, heads=heads)
         return Decoding(self.network, self.kernel, pool, padding=padding)
 
     def prefill(self, prompts: Sequence[Prompt], room: int, *, copies: int = 1, padding: str = "right") -> Decoding:
