@@ -106,6 +106,7 @@ def load_model(
     device: str | None = None,
     cache_dtype: str | None = None,
     draft: str | None = None,
+    tensor_parallel: bool = False,
 ) -> GLM:
     """The model, ready to answer; what the loader deduced goes to stderr. Imports torch."""
     folder = model_folder(model, download=download)  # a wrong name is told before torch is imported
@@ -113,7 +114,7 @@ def load_model(
         model_folder(draft)
     from openglm.inference.loading import load
 
-    glm = load(str(folder), dtype=dtype, device=device, cache_dtype=cache_dtype, draft=draft)
+    glm = load(str(folder), dtype=dtype, device=device, cache_dtype=cache_dtype, draft=draft, tensor_parallel=tensor_parallel)
     for line in glm.notes:
         console.note(f"note: {line}")
     return glm

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from openglm.errors import InputError, OpenGLMError
+from openglm.parallel.layout import started
 
 Value = TypeVar("Value")
 
@@ -83,11 +84,6 @@ class TensorGroup:
 def _wide(x: Tensor) -> Tensor:
     """On a CPU half precision is added up in float32, for want of hardware; a GPU's own types travel as they are."""
     return x.float() if x.device.type == "cpu" and x.dtype.itemsize < 4 else x.contiguous()
-
-
-def started() -> int:
-    """Processes that torchrun started together with this one; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def connect(device: str | torch.device | None = None) -> TensorGroup | None:
