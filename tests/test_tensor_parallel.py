@@ -321,3 +321,11 @@ def test_heads_that_cannot_be_divided_are_one_sentence(models, tmp_path) -> None
     first, *others = processes(3, "fill", TEXT, "-m", models["plain"], folders=[tmp_path])
     sentence = "error: the 4 heads of this model cannot be divided over 3 processes\n\nhint: possible: 1, 2, 4\n"
     assert first == (2, "", sentence) and others == [(2, "", "")] * 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to write to")
+def test_a_process_that_ends_takes_the_others_along(models, tmp_path) -> None:
+    options = ("--max-tokens", "3", "--batch-size", "1", "--output", "/dev/full")
+    first, second = processes(2, "fill", "-m", models["plain"], *options, stdin="one\ntwo\nthree", folders=[tmp_path])
+    assert first[0] == 2 and first[1] == "" and "error: cannot write `/dev/full`: the disk is full" in first[2]
+    assert second == (2, "", "")

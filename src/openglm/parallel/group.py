@@ -6,8 +6,9 @@ All of them run the same program on the same texts; what only one can know (a fi
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -42,14 +43,16 @@ class TensorGroup:
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in the type of ``x``, which may be overwritten."""
         wide = _wide(x)
-        dist.all_reduce(wide)
+        with _meeting():
+            dist.all_reduce(wide)
         return wide.to(x.dtype)
 
     def join(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """The parts ``[..., w]`` of all ranks side by side, the same bits everywhere. ``widths``: of each rank's part."""
         padded = torch.nn.functional.pad(_wide(x), (0, max(widths) - x.shape[-1])).contiguous()
         parts = [torch.empty_like(padded) for _ in widths]
-        dist.all_gather(parts, padded)
+        with _meeting():
+            dist.all_gather(parts, padded)
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1).to(x.dtype)
 
     def told(self, make: Callable[[], Value]) -> Value:
@@ -60,7 +63,8 @@ class TensorGroup:
                 told[0] = make()
             except OpenGLMError as error:
                 told[1] = error
-        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        with _meeting():
+            dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         if told[1] is not None:
             raise told[1]
         return told[0]
@@ -74,11 +78,21 @@ class TensorGroup:
         except OpenGLMError as error:
             failure = error
         failures: list[Any] = [None] * self.size
-        dist.all_gather_object(failures, failure)
+        with _meeting():
+            dist.all_gather_object(failures, failure)
         for found in failures:
             if found is not None:
                 raise found
         return made[0]
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """A process that ended tells why itself; those that wait for it say no more than that."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OpenGLMError("another process of this run has ended", hint="its own message says why") from error
 
 
 def _wide(x: Tensor) -> Tensor:
