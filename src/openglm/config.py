@@ -111,6 +111,13 @@ class QuantizationScheme:
             )
         return self.group
 
+    def part_columns(self, width: int, part: range) -> int:
+        """Columns that share a scale in a part of such rows: fewer where its ends lie inside of groups."""
+        group = self.columns(width)
+        if part.start // group == (part.stop - 1) // group:
+            return len(part)
+        return math.gcd(group, part.start, part.stop)
+
     def for_matrix(self, name: str) -> QuantizationScheme | None:
         """How one matrix of the network is stored, by its name without ``.weight``; None = not quantized."""
         if name == "word_embeddings":
@@ -208,6 +215,38 @@ class ModelConfig:
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ``ConfigError`` if so many tensor-parallel ranks cannot share the network: they must divide the heads."""
+        heads = self.num_attention_heads
+        if ranks < 1 or heads % ranks:
+            possible = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ConfigError(
+                f"the {heads} heads of this model cannot be divided over {ranks} processes",
+                hint=f"possible: {possible}",
+                key="num_attention_heads",
+            )
+        self.inner_share(0, ranks)
+
+    def inner_share(self, rank: int, ranks: int) -> range:
+        """The GeGLU's columns that a tensor-parallel rank has.
+
+        As many for each rank where that comes out, else whole groups that share a scale (or 32 columns), as evenly as they go:
+        the ranks of 130B may be 3, but its 32,768 columns are no multiple of that. Raises ``ConfigError`` for too many ranks.
+        """
+        width, group = self.inner_hidden_size, self.quantization and self.quantization.group
+        even = width % (ranks * (32 if group else 2)) == 0  # kernels want 32 columns a scale, two codes of 4 bits fill a byte
+        unit = width // ranks if even else group or math.gcd(width, 32)
+        units = width // unit
+        if units < ranks:
+            raise ConfigError(
+                f"`inner_hidden_size` ({width}) cannot be divided over {ranks} processes", key="inner_hidden_size"
+            )
+        return range(rank * units // ranks * unit, (rank + 1) * units // ranks * unit)
+
+    def vocabulary_share(self, rank: int, ranks: int) -> range:
+        """The rows of the vocabulary matrix that a tensor-parallel rank has; shares differ by one row at most."""
+        return range(rank * self.vocab_size // ranks, (rank + 1) * self.vocab_size // ranks)
 
     @property
     def deepnorm_alpha(self) -> float:

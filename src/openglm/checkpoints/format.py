@@ -80,8 +80,8 @@ class Checkpoint:
         except SafetensorError as error:
             raise _damaged(path, error) from error
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, read into memory of their own, not mapped.
+    def rows(self, name: str, start: int, stop: int, columns: range | None = None) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, or some columns of them, read into memory of their own, not mapped.
 
         Raises ``CheckpointError`` for a name that is not there, and for a file that has gone or changed since it was opened.
         """
@@ -94,7 +94,8 @@ class Checkpoint:
         if path.name not in self._places:
             self._places[path.name] = _read_header(path)
         shape, dtype, position = self._places[path.name][name]
-        return StoredTensor(path, dtype, shape, torch.empty(shape, device="meta").stride(), position).read_rows(start, stop)
+        stored = StoredTensor(path, dtype, shape, torch.empty(shape, device="meta").stride(), position)
+        return stored.read_rows(start, stop, columns)
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256. Raises ``CheckpointError`` naming the first damaged one."""

@@ -26,13 +26,25 @@ Network = TypeVar("Network", bound=nn.Module)
 SLICE = 1 << 22
 
 
-class ModelSource(Protocol):
-    """A model that lies somewhere: its configuration and its tensors, one at a time."""
+class TensorSource(Protocol):
+    """What a network is filled from: a configuration and tensors, one at a time."""
 
     @property
     def config(self) -> ModelConfig:
         """The network's shape and special tokens."""
         ...
+
+    def names(self) -> list[str]:
+        """Names of the tensors, as the network has them."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor in its stored dtype, on the CPU; the caller may keep it and write to it."""
+        ...
+
+
+class ModelSource(TensorSource, Protocol):
+    """A model that lies somewhere."""
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -44,16 +56,8 @@ class ModelSource(Protocol):
         """What was deduced, assumed or ignored; one sentence each."""
         ...
 
-    def names(self) -> list[str]:
-        """Names of the tensors, as the network has them."""
-        ...
-
-    def tensor(self, name: str) -> Tensor:
-        """One whole tensor in its stored dtype, on the CPU; the caller may keep it and write to it."""
-        ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor, in memory of their own."""
+    def rows(self, name: str, start: int, stop: int, columns: range | None = None) -> Tensor:
+        """Some rows of a tensor, or some columns of them, in memory of their own; what is not asked for is not read."""
         ...
 
 
@@ -82,13 +86,14 @@ class StateSource:
         """A copy of a tensor, so that training the network leaves the caller's tensors alone."""
         return self._tensors[name].detach().clone()
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor, in memory of their own."""
-        return self._tensors[name][start:stop].detach().clone()
+    def rows(self, name: str, start: int, stop: int, columns: range | None = None) -> Tensor:
+        """Some rows of a tensor, or some columns of them, in memory of their own."""
+        found = self._tensors[name].detach()[start:stop]
+        return (found if columns is None else found[:, columns.start : columns.stop]).clone()
 
 
 def load_into(
-    network: Network, source: ModelSource, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+    network: Network, source: TensorSource, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Network:
     """Replace the network's parameters by those of a source, one at a time; returns the network.
 

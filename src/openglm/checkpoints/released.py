@@ -78,27 +78,34 @@ class ReleasedCheckpoint:
         """A whole tensor in its stored dtype, in memory of its own. Raises ``CheckpointError`` for an unknown name."""
         return self.rows(name, 0, self._shape(name)[0])
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, joined from the ranks that have a part of them."""
+    def rows(self, name: str, start: int, stop: int, columns: range | None = None) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, or some columns of them, joined from the ranks that have a part of them."""
         shape, stored = self._shape(name), _stored_name(name)
         split = _split(stored)
         if self.tensor_parallel == 1 or split is None:
-            found = self._modules[0][stored].read_rows(start, stop)
-            return found.unsqueeze(1) if name.endswith(".scales") else found
-        whole = torch.empty((stop - start, *shape[1:]), dtype=self._modules[0][stored].dtype)
+            if name.endswith(".scales"):
+                return self._modules[0][stored].read_rows(start, stop).unsqueeze(1)
+            return self._modules[0][stored].read_rows(start, stop, columns)
+        rest = shape[1:] if columns is None else (len(columns),)
+        whole = torch.empty((stop - start, *rest), dtype=self._modules[0][stored].dtype)
         for rank, module in enumerate(self._modules):
             dim, places, length = _pieces(stored, shape, self.tensor_parallel, rank)
             for number, place in enumerate(places):
                 if dim == 1:
-                    part = module[stored].read_rows(start, stop)
-                    # Scales: one a row, of this rank.
-                    whole[:, place : place + length] = part.unsqueeze(1) if part.dim() == 1 else part
+                    wanted = columns or range(shape[1])
+                    left, right = max(wanted.start, place), min(wanted.stop, place + length)
+                    if left < right:
+                        target = whole[:, left - wanted.start : right - wanted.start]
+                        if len(module[stored].shape) == 1:  # scales: one a row, of this rank
+                            target.copy_(module[stored].read_rows(start, stop).unsqueeze(1))
+                        else:
+                            target.copy_(module[stored].read_rows(start, stop, range(left - place, right - place)))
                     continue
                 first, last = max(start, place), min(stop, place + length)
                 if first < last:
                     own = number * length - place
-                    part = module[stored].read_rows(first + own, last + own)
-                    whole[first - start : last - start] = part.view(last - first, *shape[1:])
+                    part = module[stored].read_rows(first + own, last + own, columns)
+                    whole[first - start : last - start] = part.view(last - first, *rest)
         return whole
 
     def _shape(self, name: str) -> tuple[int, ...]:

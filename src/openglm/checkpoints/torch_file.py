@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,29 +54,42 @@ class StoredTensor:
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return self._read_elements(span).as_strided(self.shape, self.stride).contiguous()
 
-    def read_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Some rows, without reading the others where they lie one behind the other."""
+    def read_rows(self, start: int, stop: int, columns: range | None = None) -> torch.Tensor:
+        """Some rows, or some columns of them, without reading the others where they lie one behind the other."""
         rows = torch.Size(self.shape[1:])
         contiguous = torch.empty(self.shape, dtype=self.dtype, device="meta").stride()
         if self.stride != contiguous:
-            return self.read()[start:stop].clone()
-        return self._read_elements((stop - start) * rows.numel(), start * rows.numel()).view(stop - start, *rows)
+            found = self.read()[start:stop]
+            return (found if columns is None else found[:, columns.start : columns.stop]).clone()
+        if columns is None or len(columns) == rows.numel():
+            return self._read_elements((stop - start) * rows.numel(), start * rows.numel()).view(stop - start, *rows)
+        firsts = range(start * rows.numel() + columns.start, stop * rows.numel() + columns.start, rows.numel())
+        return self._read_pieces(len(columns), firsts).view(stop - start, len(columns))
 
     def read_first_row(self) -> torch.Tensor:
         """``[columns]``: row 0 of a contiguous matrix, without reading the others."""
         return self._read_elements(self.shape[-1])
 
     def _read_elements(self, count: int, first: int = 0) -> torch.Tensor:
-        buffer = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
-        view = buffer.numpy().data
+        return self._read_pieces(count, [first])
+
+    def _read_pieces(self, count: int, firsts: Sequence[int]) -> torch.Tensor:
+        """``count`` elements from each of some places on, one behind the other."""
+        size = count * self.dtype.itemsize
+        buffer = torch.empty(len(firsts) * size, dtype=torch.uint8)
+        pieces = buffer.numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.position + first * self.dtype.itemsize)
-                while view:
-                    got = file.readinto(view)  # the system reads at most 2 GiB at a time
-                    if not got:
-                        raise CheckpointError(f"`{self.path}` became shorter while it was read", hint=_AGAIN, path=self.path)
-                    view = view[got:]
+                for number, first in enumerate(firsts):
+                    view = pieces[number * size : (number + 1) * size]
+                    file.seek(self.position + first * self.dtype.itemsize)
+                    while view:
+                        got = file.readinto(view)  # the system reads at most 2 GiB at a time
+                        if not got:
+                            raise CheckpointError(
+                                f"`{self.path}` became shorter while it was read", hint=_AGAIN, path=self.path
+                            )
+                        view = view[got:]
         except OSError as error:
             raise CheckpointError(f"cannot read `{self.path}`: {error.strerror}", path=self.path) from error
         return buffer.view(self.dtype)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from openglm.cli import console
-from openglm.cli.batch import Line, open_results, read_lines, run_batch, with_id
+from openglm.cli.batch import Elsewhere, Line, Results, Stream, open_results, read_lines, run_batch, with_id
 from openglm.cli.models import load_model, model_folder, model_path
 from openglm.errors import InputError, OpenGLMError
+from openglm.parallel.layout import started
 from openglm.tokenizers.base import MASK_WORDS
 
 if TYPE_CHECKING:
     from openglm.inference.glm import GLM
+    from openglm.parallel.group import TensorGroup
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -41,6 +45,20 @@ class Request:
     batch_size: int = 8
 
     @cached_property
+    def group(self) -> TensorGroup | None:
+        """The processes that torchrun started to answer together; they share the model. None without torchrun."""
+        if started() == 1:
+            return None
+        from openglm.parallel.group import connect
+
+        with as_options():
+            return connect(self.device)
+
+    def told(self, make: Callable[[], Value]) -> Value:
+        """What ``make`` gives; under torchrun only one process calls it and tells the others."""
+        return make() if self.group is None else self.group.told(make)
+
+    @cached_property
     def glm(self) -> GLM:
         """The model; its name and the settings are checked before it is loaded."""
         model_folder(self.model, download=self.download)  # before torch is imported
@@ -57,6 +75,7 @@ class Request:
                 draft=self.draft,
                 offload=self.offload,
                 memory=None if self.memory is None else self.memory * 1e9,
+                tensor_parallel=self.group is not None,
             )
 
     def check(self, text: str, place: str = "the text") -> None:
@@ -105,7 +124,7 @@ class Request:
         """All texts of a file or of stdin ("-"), to stdout or to an output that can go on after an interruption."""
         if self.batch_size < 1:
             raise InputError(f"`--batch-size` must be at least 1, not {self.batch_size}")
-        lines = read_lines(source)
+        lines = self.told(lambda: read_lines(source))
         name = "standard input" if source == "-" else f"`{source}`"
         for line in lines:
             self.check(line.text, f"{name} line {line.number}")
@@ -115,7 +134,7 @@ class Request:
         job = {"task": self.task, "model": self.model, "dtype": self.dtype, **self.settings}
         if self.cache_dtype is not None:
             job["cache_dtype"] = self.cache_dtype
-        results = open_results(output, lines, name, job) if output is not None else None
+        results = None if output is None else self._results(output, lines, name, job)
         try:
             run_batch(
                 lines,
@@ -130,6 +149,16 @@ class Request:
             if results is not None:
                 results.close()
 
+    def _results(self, output: Path, lines: list[Line], name: str, job: dict[str, Any]) -> Results | Stream | Elsewhere:
+        opened: list[Results | Stream] = []
+
+        def done() -> set[int]:
+            opened.append(open_results(output, lines, name, job))
+            return set(opened[0].done)
+
+        found = self.told(done)
+        return opened[0] if opened else Elsewhere(output, found)
+
     def run(self, text: str | None, source: str | None, output: Path | None) -> None:
         """The text, the file, what comes through a pipe, or a session; whichever was given."""
         if text is not None and source is not None:
@@ -140,7 +169,9 @@ class Request:
             self.model = model_path(self.model, download=True)
         if text is not None:
             self.answer(text)
-        elif source is None and console.is_terminal(sys.stdin):
+        elif source is None and self.told(lambda: console.is_terminal(sys.stdin)):
+            if self.group is not None:
+                raise InputError("a session cannot be held with several processes", hint="give a text, or --input FILE")
             if output is not None:
                 raise InputError("`--output` goes with `--input`", hint="give a file of texts with --input FILE")
             from openglm.cli.session import run_session

@@ -179,6 +179,19 @@ class Stream:
             self._file.close()
 
 
+class Elsewhere:
+    """An output that another process writes; this one only knows what is answered already."""
+
+    def __init__(self, path: Path, done: set[int]) -> None:
+        self.path, self.done = path, done
+
+    def add(self, line: Line, result: dict[str, Any]) -> None:
+        """The other process has it, too."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def with_id(line: Line, result: dict[str, Any]) -> dict[str, Any]:
     """The result, led by the "id" of its line where it has one."""
     return result if line.id is None else {"id": line.id, **result}
@@ -217,7 +230,7 @@ def run_batch(
     lines: Sequence[Line],
     answer: Callable[[], Callable[[list[str]], Sequence[Any]]],
     *,
-    results: Results | Stream | None,
+    results: Results | Stream | Elsewhere | None,
     batch_size: int,
     show: Callable[[Line, Any], None],
     source: str,
@@ -274,7 +287,7 @@ def _stopped(way_on: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(130) from interrupt
 
 
-def _way_on(written: int, total: int, results: Results | Stream | None) -> str:
+def _way_on(written: int, total: int, results: Results | Stream | Elsewhere | None) -> str:
     if isinstance(results, Results):
         return f"interrupted with {written:,} of {total:,} texts answered; the same command goes on from there"
     return f"interrupted with {written:,} of {total:,} texts answered; with --output FILE.jsonl a job can go on later"

@@ -12,11 +12,26 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from openglm.errors import OpenGLMError, StorageError
+from openglm.parallel.layout import started
 from openglm.storage import storage_error
 
 #: Style of what the model wrote.
 ANSWER = "bold green"
 _DUMB = ("dumb", "unknown")
+
+
+class _Voice:
+    """Whether this process speaks. Of those that torchrun started together to answer one text, one does."""
+
+    silent = False
+    tells_errors = True
+
+
+def one_voice() -> None:
+    """From now on only the first of the processes that torchrun started writes, and the first of each machine tells errors."""
+    if started() > 1 and os.environ["RANK"] != "0":
+        _Voice.silent = True
+        _Voice.tells_errors = os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -53,6 +68,8 @@ def _is_control(character: str) -> bool:
 
 def write(text: str, end: str = "\n") -> None:
     """Data: to stdout, at once."""
+    if _Voice.silent:
+        return
     try:
         sys.stdout.write(text + end)
         sys.stdout.flush()
@@ -78,7 +95,8 @@ def write_answer(text: str, answers: Sequence[tuple[int, int]]) -> None:
 
 def note(text: str) -> None:
     """A remark: to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if not _Voice.silent:
+        print(text, file=sys.stderr, flush=True)
 
 
 def show_error(error: OpenGLMError) -> None:
@@ -86,7 +104,8 @@ def show_error(error: OpenGLMError) -> None:
     lines = paint("error", "bold red", sys.stderr) + ": " + _one_line(error.message)
     if error.hint:
         lines += "\n\n" + paint("hint", "cyan", sys.stderr) + ": " + _one_line(error.hint)
-    note(printable(lines, sys.stderr) if not has_color(sys.stderr) else lines)
+    if _Voice.tells_errors:
+        print(printable(lines, sys.stderr) if not has_color(sys.stderr) else lines, file=sys.stderr, flush=True)
 
 
 def _one_line(text: str) -> str:
@@ -131,7 +150,7 @@ class Progress:
         self.label = label
         self.done = 0
         self._bar: Any = None
-        if shown and is_terminal(sys.stderr):
+        if shown and is_terminal(sys.stderr) and not _Voice.silent:
             self._bar = _make_bar()
             self._task = self._bar.add_task(label, total=total)
             # A timer, not a look at the clock in `advance`: the first piece may take long.

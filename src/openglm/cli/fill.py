@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openglm.cli import options
+from openglm.cli import console, options
 from openglm.cli.answering import Request
 
 EXAMPLES = r"""
@@ -65,6 +65,7 @@ def fill(
     \[MASK] stands for some words, \[sMASK] for a sentence, \[gMASK] for a whole ending. Without TEXT: the lines of
     --input or of a pipe, or else a session.
     """
+    console.one_voice()
     settings = options.given(
         max_tokens=max_tokens,
         min_tokens=min_tokens,

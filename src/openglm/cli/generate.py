@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openglm.cli import options
+from openglm.cli import console, options
 from openglm.cli.answering import Request
 
 EXAMPLES = r"""
@@ -53,6 +53,7 @@ def generate(
     Without TEXT: the lines of --input or of a pipe, or else a session. On a terminal the answer appears while it is
     written.
     """
+    console.one_voice()
     settings = options.given(
         max_tokens=max_tokens,
         min_tokens=min_tokens,

@@ -108,6 +108,7 @@ def load_model(
     draft: str | None = None,
     offload: str | None = None,
     memory: float | None = None,
+    tensor_parallel: bool = False,
 ) -> GLM:
     """The model, ready to answer; what the loader deduced goes to stderr. Imports torch."""
     folder = model_folder(model, download=download)  # a wrong name is told before torch is imported
@@ -115,7 +116,16 @@ def load_model(
         model_folder(draft)
     from openglm.inference.loading import load
 
-    glm = load(str(folder), dtype=dtype, device=device, cache_dtype=cache_dtype, draft=draft, offload=offload, memory=memory)
+    glm = load(
+        str(folder),
+        dtype=dtype,
+        device=device,
+        cache_dtype=cache_dtype,
+        draft=draft,
+        offload=offload,
+        memory=memory,
+        tensor_parallel=tensor_parallel,
+    )
     for line in glm.notes:
         console.note(f"note: {line}")
     return glm

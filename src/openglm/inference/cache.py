@@ -50,7 +50,8 @@ class Place:
 class ColumnPool:
     """Rotated keys and values, ``[layers, heads, columns, head size]`` each.
 
-    dtype int8 stores codes with a float32 scale for each column and head, in a quarter of the memory of float32.
+    dtype int8 stores codes with a float32 scale for each column and head, in a quarter of the memory of float32. ``layers``,
+    ``heads``: all of the model's, or some.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class ColumnPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         layers: int | None = None,
+        heads: int | None = None,
     ) -> None:
-        heads, layers = config.num_attention_heads, config.num_layers if layers is None else layers
+        heads = config.num_attention_heads if heads is None else heads
+        layers = config.num_layers if layers is None else layers
         shape = (layers, heads, columns, config.head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

@@ -11,13 +11,15 @@ from torch import Tensor
 from openglm.errors import InputError
 from openglm.inference.cache import ColumnPool, Place, Run
 from openglm.inference.decoding import Decoding, Kernel, single
-from openglm.inference.sampling import SamplingSettings
+from openglm.inference.sampling import SamplingSettings, make_generator
 from openglm.inference.scheduler import Request, Scheduler, Token
 from openglm.inference.speculation import Drafter
 from openglm.infilling import Batch, Layout, Prompt
 from openglm.kernels.cpu.network import Pass
+from openglm.kernels.cpu.panels import PanelLinear
 from openglm.kernels.onednn import use_onednn
-from openglm.models.glm130b import GLM130B
+from openglm.models.glm130b import GLM130B, Layer
+from openglm.parallel.inference import RankNetwork
 from openglm.quantization.layers import use_panels
 
 
@@ -31,8 +33,9 @@ class Engine:
         self.notes = [note] if (note := use_panels(network)) else []
         """What runs slower than it could, one sentence each."""
         use_onednn(network)
+        self._packed = any(isinstance(module, PanelLinear) for module in network.modules())
         self.kernel = Pass(network) if self.dtype == torch.float32 and Pass.serves(network) else None
-        """Runs prompts and steps in one call each, where the network is quantized and on a CPU."""
+        """Runs prompts and steps in one call each, where the network is quantized, whole, and on a CPU."""
         self.cache_dtype = self.dtype if self.kernel is None else torch.float16
         """Of keys and values: the network's, or half of it where the kernel reads that as fast as it comes."""
         self._gpu: tuple[ColumnPool, Kernel] | None = None
@@ -42,12 +45,18 @@ class Engine:
             self.use_triton()
         self.drafter: Drafter | None = None
         """Proposes tokens that are checked several at once; see ``speculation``."""
+        self.group = network.group if isinstance(network, RankNetwork) else None
+        """The tensor-parallel ranks that run this network together; all of them are to be given the same requests."""
 
     def use_triton(self) -> None:
         """Let passes run in the Triton kernels; where that cannot be, a note says why."""
         from openglm.kernels.gpu.support import why_not
 
         reason = why_not(self.device, self.dtype)
+        if isinstance(self.network, RankNetwork):
+            reason = reason or "the GPU kernels run a whole network on one GPU"
+        elif not all(isinstance(layer, Layer) for layer in self.network.layers.values()):
+            reason = reason or "the GPU kernels need all layers on the GPU"
         if not reason:
             from openglm.kernels.gpu.network import Pass as GPUPass
 
@@ -98,7 +107,14 @@ class Engine:
     @property
     def rounds(self) -> bool:
         """Whether it computes in half precision or in kernels for quantized weights."""
-        return self.kernel is not None or self.dtype.itemsize < 4
+        return self._packed or self.dtype.itemsize < 4
+
+    def generator(self, settings: SamplingSettings) -> torch.Generator:
+        """The generator of one text; without a seed it starts anywhere, but at the same place on all ranks."""
+        seed = settings.seed
+        if seed is None and self.group is not None and not settings.greedy:
+            seed = self.group.told(lambda: make_generator(None).initial_seed())
+        return make_generator(seed)
 
     def decoding(self, columns: int, *, padding: str = "right") -> Decoding:
         """Room for sequences of so many columns together, prompts and answers."""
@@ -107,7 +123,8 @@ class Engine:
             return Decoding(self.network, kernel, pool)
         if self.kernel is not None:
             self.kernel.threads = torch.get_num_threads()
-        pool = ColumnPool(self.config, columns, dtype=self.cache_dtype, device=self.device)
+        heads = self.network.heads
+        pool = ColumnPool(self.config, columns, dtype=self.cache_dtype, device=self.device, heads=heads)
         return Decoding(self.network, self.kernel, pool, padding=padding)
 
     def _for_triton(self, columns: int) -> tuple[ColumnPool, Kernel]:

@@ -16,7 +16,7 @@ from openglm.errors import InputError, UnlearnedMaskError
 from openglm.inference.beam import BeamWriter, beam_search
 from openglm.inference.engine import Engine
 from openglm.inference.results import ChoiceScore, FillResult, GenerateResult, ScoreResult
-from openglm.inference.sampling import SamplingSettings, make_generator
+from openglm.inference.sampling import SamplingSettings
 from openglm.inference.scheduler import Request, Scheduler, Token
 from openglm.inference.writing import Answer, Draft, unwritable_ids
 from openglm.infilling import blank_prompt, choice_layout, encode_text, mask_kind, split_text
@@ -279,7 +279,7 @@ class GLM:
         for number, text in enumerate(texts):
             try:
                 self._check_text(text)
-                draft = Draft(text, encode_text(text, tokenizer), tokenizer, make_generator(settings.seed))
+                draft = Draft(text, encode_text(text, tokenizer), tokenizer, self.engine.generator(settings))
                 self._room(len(draft.ids) + 1)
             except InputError as error:
                 if len(texts) > 1:

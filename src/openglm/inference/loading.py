@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from openglm.bundled import find_model
 from openglm.checkpoints import ModelSource, empty_network, load_into, open_model, resolve_device
 from openglm.checkpoints.layout import dtype_name, resolve_dtype
+from openglm.checkpoints.rank import RankSource
 from openglm.config import ModelConfig
 from openglm.errors import InputError
 from openglm.inference.glm import GLM
 from openglm.inference.offload import PLACES, SLOTS, load_streamed
 from openglm.inference.speculation import LookupDrafter, ModelDrafter, check_draft
 from openglm.models.glm130b import GLM130B
+from openglm.parallel.group import TensorGroup, connect
+from openglm.parallel.inference import RankNetwork, cut_network
 from openglm.planning.inference import RESERVE, WIDTHS, Use, estimate, layer_bytes, layers_that_fit, verdict
 from openglm.storage import total_memory
 from openglm.tokenizers import load_tokenizer
@@ -36,6 +40,7 @@ def load(
     draft: str | Path | GLM | None = None,
     offload: str | None = None,
     memory: float | None = None,
+    tensor_parallel: bool = False,
 ) -> GLM:
     """A model by the name of a bundled one, or from a folder: our own format, or a released checkpoint.
 
@@ -49,19 +54,47 @@ def load(
     keys and values and activations may then take on the device; None: all it has, less a reserve. On a CPU "host" keeps
     layers as they are stored, in the same memory: half precision is widened as it is used.
 
+    ``tensor_parallel``: the processes that torchrun started share every matrix; each reads and holds its part. All of them
+    must then make the same calls with the same texts, and get the same answers; ``device`` is "cpu" or "cuda", of which each
+    takes the GPU of its own number. Without torchrun it changes nothing.
+
     Raises ``ModelNotFoundError`` with the nearest bundled name, ``CheckpointError`` for a damaged or foreign folder,
-    ``ConfigError`` or ``TokenizerError`` for what it holds, ``InputError`` for a dtype or device that cannot be used, or a
-    model that is larger than the memory. With ``offload`` so does an answer, if the folder has changed or gone.
+    ``ConfigError`` or ``TokenizerError`` for what it holds or for processes that do not divide its heads, ``InputError`` for a
+    dtype or device that cannot be used, or a model that is larger than the memory; where one process fails, all do. With
+    ``offload`` an answer raises too, if the folder has changed or gone.
     """
     if offload not in (None, "auto", *PLACES):
         raise InputError(f"`offload` must be auto, {' or '.join(PLACES)}, not {offload!r}", key="offload")
     if memory is not None and (offload is None or not memory > 0):
         what = "goes with `offload`" if offload is None else "must be above 0"
         raise InputError(f"`memory` {what}", key="memory")
+    if offload is not None and tensor_parallel:
+        raise InputError("`offload` and tensor parallelism exclude each other", hint="take more processes", key="offload")
+    group = connect(device) if tensor_parallel else None
+
+    def make() -> GLM:
+        return _load(model, dtype, device, rotary_dtype, config, tokenizer, cache_dtype, draft, offload, memory, group)
+
+    return make() if group is None else group.together(make)
+
+
+def _load(
+    model: str | Path,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    rotary_dtype: str | None,
+    config: ModelConfig | Mapping[str, Any] | None,
+    tokenizer: Tokenizer | str | Path | None,
+    cache_dtype: str | torch.dtype | None,
+    draft: str | Path | GLM | None,
+    offload: str | None,
+    memory: float | None,
+    group: TensorGroup | None,
+) -> GLM:
     source = open_model(find_model(model), config)
     changes = {} if rotary_dtype is None else {"rotary_dtype": rotary_dtype}
     chosen = dataclasses.replace(source.config, **changes)
-    place = resolve_device(device)
+    place = resolve_device(device if group is None else group.device)
     if dtype is None and place.type == "cpu":
         dtype = "float32"
     if isinstance(tokenizer, str | Path):
@@ -72,9 +105,11 @@ def load(
         computed = resolve_dtype(dtype if dtype is not None else getattr(source, "dtype", "float16"))
         check_type(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place), computed)
     network, notes = empty_network(chosen), list(source.notes)
+    if group is not None:
+        network = cut_network(network, group)
     if offload is None:
-        _refuse_too_large(chosen, source, dtype, place)
-        load_into(network, source, dtype, place)
+        _refuse_too_large(chosen, source, dtype, place, 1 if group is None else group.size)
+        load_into(network, RankSource(source, network.cut) if isinstance(network, RankNetwork) else source, dtype, place)
     else:
         notes += _load_what_fits(network, source, dtype, place, offload, memory, cache_dtype)
     glm = GLM(network.eval().requires_grad_(False), tokenizer, notes)
@@ -83,7 +118,7 @@ def load(
     if draft == "lookup":
         glm.engine.drafter = LookupDrafter()
     elif draft is not None:
-        smaller = draft if isinstance(draft, GLM) else load(draft, device=device)
+        smaller = draft if isinstance(draft, GLM) else load(draft, device=place)
         check_draft(glm.engine, smaller.engine)
         glm.engine.drafter = ModelDrafter(smaller.engine)
     return glm
@@ -99,12 +134,17 @@ def check_type(gpu: str, capability: tuple[int, int], dtype: torch.dtype) -> Non
         )
 
 
-def _refuse_too_large(config: ModelConfig, source: ModelSource, dtype: str | torch.dtype | None, place: torch.device) -> None:
+def _refuse_too_large(
+    config: ModelConfig, source: ModelSource, dtype: str | torch.dtype | None, place: torch.device, ranks: int
+) -> None:
     """Say so before anything is read, if the weights alone are more than there is memory."""
     stored, name = _dtype_names(source, dtype)
-    if place.type == "cpu" and name == stored:
+    if place.type == "cpu" and name == stored and ranks == 1:
         return  # memory-mapped: the system reads what is needed
-    fits, sentence = verdict(estimate(config, Use(dtype=name, context=1, device=_kind(place))), _memory(place))
+    memory = _memory(place)
+    if place.type == "cpu":
+        memory /= min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    fits, sentence = verdict(estimate(config, Use(dtype=name, context=1, device=_kind(place), gpus=ranks)), memory)
     if not fits:
         hint = 'with offload="auto" (`glm fill --offload auto`) layers that do not fit are read as they are needed'
         raise InputError(sentence, hint=hint, key="model")

@@ -159,6 +159,8 @@ class GLM130B(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        #: Attention heads that are here: under tensor parallelism some of the model's.
+        self.heads = config.num_attention_heads
         self.rotary = RotaryTable(config.head_size, config.rotary_dtype)
         #: Gradient factors of the tied matrix: as input embedding, and as output head (SPEC 2.5, 9.1.1).
         self.input_gradient_factor = 1.0

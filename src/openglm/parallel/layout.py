@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 #: Names of the mesh's axes, outermost first: neighbours in rank are tensor-parallel, for they talk the most.
 AXES = ("pipeline", "data", "tensor")
+
+
+def started() -> int:
+    """Processes that torchrun started together with this one; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @dataclass(frozen=True)

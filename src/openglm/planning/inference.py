@@ -77,18 +77,14 @@ def estimate(config: ModelConfig, use: Use) -> Estimate:
         use.gpus,
     )
     width, scheme = WIDTHS[use.dtype], config.quantization
-    shapes = dict(zip(QUANTIZED_MATRICES, ((3 * h, h), (h, h), (2 * i, h), (h, i)), strict=True))
-    codes = scales = 0.0
-    for name, (rows, columns) in shapes.items():
-        one = _matrix(rows, columns, scheme.for_matrix(name) if scheme else None, width)
-        codes, scales = codes + layers * one[0] / t, scales + layers * one[1] / t
-    head = _matrix(v, h, scheme.for_matrix("word_embeddings") if scheme else None, width)
+    parts = [_part(config, width, rank, t) for rank in range(t)]
+    codes, scales, head, rest = (max(sizes) for sizes in zip(*parts, strict=True))
     form = f"{scheme.bits} bits" if scheme else use.dtype
-    terms = [Term("layers", codes, f"{layers} x {sum(r * c for r, c in shapes.values()):,} weights in {form} / {t}")]
+    terms = [Term("layers", codes, f"{layers} x {4 * h * h + 3 * i * h:,} weights in {form} / {t}")]
     if scales:
         terms.append(Term("scales", scales, "float16"))
-    terms.append(Term("embedding and head", sum(head) / t, f"{v:,} x {h:,}"))
-    terms.append(Term("biases and norms", (layers * (9 * h + 2 * i) + 2 * h) * width, use.dtype))
+    terms.append(Term("embedding and head", head, f"{v:,} x {h:,} / {t}"))
+    terms.append(Term("biases and norms", rest, use.dtype))
     cache = 2 * layers * h * use.context * use.batch * cache_widths[use.cache] / t
     terms.append(
         Term("keys and values", cache, f"2 x {layers} x {h:,} x {use.context:,} tokens x {use.batch} in {use.cache} / {t}")
@@ -99,12 +95,27 @@ def estimate(config: ModelConfig, use: Use) -> Estimate:
     return Estimate(config, use, tuple(terms))
 
 
-def _matrix(rows: int, columns: int, scheme: QuantizationScheme | None, width: int) -> tuple[float, float]:
-    """Bytes of weights or codes, and of scales (and zeros)."""
+def _part(config: ModelConfig, width: int, rank: int, ranks: int) -> tuple[float, float, float, float]:
+    """Bytes that one of some tensor-parallel ranks holds: weights or codes of the layers, their scales, embedding, the rest."""
+    h, i, scheme = config.hidden_size, config.inner_hidden_size, config.quantization
+    hidden, inner = range(rank * h // ranks, (rank + 1) * h // ranks), config.inner_share(rank, ranks)
+    held = ((3 * len(hidden), h, range(h)), (h, h, hidden), (2 * len(inner), h, range(h)), (h, i, inner))
+    codes = scales = 0.0
+    for name, (rows, columns, part) in zip(QUANTIZED_MATRICES, held, strict=True):
+        one = _matrix(rows, columns, part, scheme.for_matrix(name) if scheme else None, width)
+        codes, scales = codes + config.num_layers * one[0], scales + config.num_layers * one[1]
+    rows = len(config.vocabulary_share(rank, ranks))
+    head = _matrix(rows, h, range(h), scheme.for_matrix("word_embeddings") if scheme else None, width)
+    rest = config.num_layers * (3 * len(hidden) + 2 * len(inner) + 6 * h) + 2 * h
+    return codes, scales, sum(head), rest * width
+
+
+def _matrix(rows: int, columns: int, part: range, scheme: QuantizationScheme | None, width: int) -> tuple[float, float]:
+    """Bytes of weights or codes, and of scales (and zeros), of some of the columns of a matrix."""
     if scheme is None:
-        return rows * columns * width, 0.0
-    groups = rows * columns // scheme.columns(columns)
-    return rows * columns * scheme.bits / 8, groups * (3 if scheme.zero_point else 2)
+        return rows * len(part) * width, 0.0
+    groups = rows * len(part) // scheme.part_columns(columns, part)
+    return rows * len(part) * scheme.bits / 8, groups * (3 if scheme.zero_point else 2)
 
 
 def _divisors(n: int) -> list[int]:

@@ -86,8 +86,8 @@ class Pass:
 
     @staticmethod
     def serves(network: Any) -> bool:
-        """True if all matrices of the layers are packed."""
-        return all(
+        """True if all matrices of the layers are packed, and whole: a rank that has a part of them must meet the others."""
+        return network.heads == network.config.num_attention_heads and all(
             isinstance(matrix, PanelLinear)
             for own in network.layers.values()
             for layer in (own.stream.slots if hasattr(own, "held") else [own])
