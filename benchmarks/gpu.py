@@ -119,7 +119,8 @@ def checks(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, flo
     heads, d, capacity = config.num_attention_heads, config.head_size, 600
     keys, values = (torch.randn(3, heads, capacity, d, device=device, generator=generator).half() for _ in range(2))
     queries = torch.randn(2, heads, d, device=device, generator=generator).half()
-    arguments = [torch.tensor(pair, dtype=torch.int32, device=device) for pair in ([0, 1], [511, 599], [2, 2], [300, 0])]
+    places = torch.tensor([[0, 1], [511, 599], [2, 2], [300, 0]], dtype=torch.int32, device=device)
+    slots, lengths, sources, shared = places.unbind()
     own = [torch.cat([cache[2, :, :300], cache[0, :, 300:512]], 1) for cache in (keys, values)]
     wanted = torch.stack(
         [
@@ -127,7 +128,7 @@ def checks(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, flo
             for query, key, value in ((queries[0], *own), (queries[1], keys[1], values[1]))
         ]
     )
-    yield "attention", relative(attend(queries, keys, values, *arguments).view_as(wanted), wanted), 1e-3
+    yield "attention", relative(attend(queries, keys, values, slots, lengths, sources, shared).view_as(wanted), wanted), 1e-3
     small = ModelConfig.preset("nano") if device.type == "cuda" else config
     for scheme in (*SCHEMES[:2], None):
         own_config = ModelConfig.from_dict({**small.to_dict(), "quantization": scheme})
