@@ -29,7 +29,7 @@ from openglm.kernels.gpu.network import Pass
 from openglm.models.glm130b import GLM130B
 from openglm.quantization.layers import place_quantized
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
