@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -290,3 +291,80 @@ def test_room_is_kept(quantized):
     decoding.append(torch.tensor([[50, 60]]))
     with pytest.raises(InputError, match="room for 0 more tokens, not for 1"):
         decoding.append(torch.tensor([50]))
+
+
+def test_a_pass_that_fails_loses_nothing(monkeypatch):
+    """Of a prompt and of a step, with others running: what ran goes on, what waited waits, memory is given back."""
+    engine = pair(2)[0].engine
+    expected = [alone(engine, *one) for one in MIXED[:4]]
+    for failing in range(4, 12):
+        scheduler = Scheduler(engine, 400)
+        requests = [scheduler.submit(request(*one)) for one in MIXED[:2]]
+        scheduler.step()
+        scheduler.step()
+        requests += [scheduler.submit(request(*one)) for one in MIXED[2:4]]
+        passes, original = [4], GLM130B.hidden_states
+
+        def failing_pass(self, *args, failing=failing, passes=passes, original=original, **kwargs):
+            passes[0] += 1
+            if passes[0] in (failing, failing + 1):
+                raise RuntimeError("out of memory")
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(GLM130B, "hidden_states", failing_pass)
+        for _ in range(60):
+            with contextlib.suppress(RuntimeError):
+                scheduler.step()
+        monkeypatch.setattr(GLM130B, "hidden_states", original)
+        assert all(made.done for made in requests)
+        for made, wanted in zip(requests, expected, strict=True):
+            if made.writer is None:
+                assert answer(made) == wanted
+        scheduler.step()
+        assert scheduler._decoding.pool.free == 400
+
+
+def test_columns_of_an_ended_request_are_free_while_others_share_its_prompt():
+    engine = pair(2)[0].engine
+    length = len(request("greedy", 0).prompt.layout)
+    scheduler = Scheduler(engine, length + 20)
+    first, second, third = (scheduler.submit(request("greedy", 0, 10)) for _ in range(3))
+    scheduler.step()
+    assert (scheduler.running, scheduler.waiting) == (2, 1)
+    scheduler.cancel(first)
+    scheduler.step()
+    assert (scheduler.running, scheduler.waiting) == (2, 0)
+    for _ in scheduler.run():
+        pass
+    assert second.tokens == third.tokens == alone(engine, "greedy", 0, 10)
+
+
+def test_drafts_end_with_their_answers_and_with_the_context(quantized):
+    engine = quantized.engine
+    engine.drafter = drafter = ModelDrafter(openglm.load("nano").engine, 4)
+    try:
+        long = "One two three four. " * 170
+        ids = quantized.tokenizer.encode(long)  # pyright: ignore[reportOptionalMemberAccess]
+        text = quantized.tokenizer.decode(ids[: quantized.config.max_sequence_length - 12])  # pyright: ignore
+        options = {"max_tokens": 40, "min_tokens": 30}
+        found = quantized.generate(text, **options)
+        assert not drafter._drafts
+        two = "The [MASK] man and the [MASK] woman."
+        drawn = {"temperature": 1.0, "max_tokens": 12, "stop": ["e", "a"]}
+        with_draft = [quantized.fill(two, seed=seed, **drawn) for seed in range(6)]
+        assert not drafter._drafts
+        stream = quantized.stream(TEXTS[3], max_tokens=20, min_tokens=20)
+        next(stream)
+        stream.close()
+        assert not drafter._drafts
+    finally:
+        engine.drafter = None
+    assert found == quantized.generate(text, **options)
+    assert with_draft == [quantized.fill(two, seed=seed, **drawn) for seed in range(6)]
+
+
+def test_beams_of_a_text_with_many_blanks_have_room(quantized):
+    limit = quantized.config.max_sequence_length
+    ids = quantized.tokenizer.encode("One two three four. " * 300)[: limit - 350]  # pyright: ignore
+    text = quantized.tokenizer.decode(ids) + " [MASK]" * 4  # pyright: ignore
+    assert len(quantized.fill(text, num_beams=3, max_tokens=80, min_tokens=75).spans) == 4

@@ -61,6 +61,10 @@ class Request:
     @cached_property
     def glm(self) -> GLM:
         """The model; its name and the settings are checked before it is loaded."""
+        # Under torchrun the processes meet first, so that what one of them lacks is told by all.
+        return self._load() if self.group is None else self.group.together(self._load)
+
+    def _load(self) -> GLM:
         model_folder(self.model, download=self.download)  # before torch is imported
         from openglm.inference.sampling import SamplingSettings
 

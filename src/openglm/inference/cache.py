@@ -81,6 +81,10 @@ class ColumnPool:
         """Columns that nobody holds."""
         return sum(run.count for run in self._free)
 
+    def clear(self) -> None:
+        """Nobody holds a column any more."""
+        self._free = [Run(0, self.columns)]
+
     def fits(self, counts: Sequence[int]) -> bool:
         """Whether runs of so many columns could all be taken now."""
         taken = []
@@ -164,11 +168,12 @@ class PoolView:
             if apart is not None and places[-1].prompt.start + self.length <= pool.columns:
                 self._even = (len(places), places[0].prompt.start, apart)
             else:
-                # Columns beyond a sequence's length are hidden by the mask; what lies there is finite.
+                # Columns beyond a sequence's length are hidden by the mask.
                 ends = [place.length + count for place, count in zip(places, counts, strict=True)]
-                found = np.zeros((len(places), self.length), dtype=np.int64)
+                found = np.empty((len(places), self.length), dtype=np.int64)
                 for row, (place, end) in enumerate(zip(places, ends, strict=True)):
                     found[row, :end] = place.columns(0, end)
+                    found[row, end:] = found[row, 0]  # its own, not somebody's whose numbers may have overflowed
                 self._read = torch.from_numpy(found).to(device)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

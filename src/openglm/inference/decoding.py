@@ -8,7 +8,7 @@ so is a beginning that they have in common.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -67,17 +67,25 @@ class _Shared:
     logits: Tensor
     """float ``[v]``, behind the prompt."""
     alone: bool
-    rows: int = 0
-    spare: list[Run] = field(default_factory=list)
-    """Runs that its sequences may take when they fork."""
+    users: int = 0
+
+
+@dataclass(eq=False)
+class _Family:
+    """The sequences of one request: a row, and those that it forks into."""
+
+    shared: _Shared
+    """Who holds the columns that they share: their prompt, or one that begins alike."""
+    spare: list[Run]
+    """Runs of columns that were taken for them and that none of them has."""
+    rows: int = 1
 
 
 @dataclass(eq=False)
 class Row:
     """One sequence."""
 
-    shared: _Shared
-    """Who holds the columns that it shares: its prompt, or one that begins alike."""
+    family: _Family
     prompt: Prompt
     place: Place
     alone: bool
@@ -104,6 +112,7 @@ class Decoding:
         self._network, self._kernel, self.pool, self._padding = network, kernel, pool, padding
         self._prompts: dict[bytes, _Shared] = {}
         self.rows: list[Row] = []
+        self.released = False
         self.logits = torch.empty(0, network.config.vocab_size, device=pool.keys.device)
         """float32 ``[rows, v]`` (float64 where the network is): scores of the next token of each."""
 
@@ -157,7 +166,7 @@ class Decoding:
         """One more row for each prompt, each with room for so many tokens, able to fork into ``copies`` rows.
 
         Prompts that are not in the cache yet are read in one pass, those of rows ``alone`` in passes of their own. Raises
-        ``MemoryError``, before anything has changed, where the pool is too small.
+        ``MemoryError`` where the pool is too small. Whatever it raises, everything is then as it was.
         """
         alone = [False] * len(prompts) if alone is None else alone
         if not self.pool.fits(self.needs(prompts, rooms, copies, alone)):
@@ -178,21 +187,31 @@ class Decoding:
                     run, own = Run(whole.start, length), Run(whole.start + length, room)
                     shared = self._prompts[key] = _Shared(prompt, key, run, self.logits.new_empty(0), apart)
                     new.append(shared)
-            shared.rows += 1
-            shared.spare += [self.pool.take(own.count) for _ in range(count - 1)]
-            rows.append(Row(shared, prompt, Place(shared.run, own, begun, begun), apart))
+            shared.users += 1
+            family = _Family(shared, [self.pool.take(own.count) for _ in range(count - 1)])
+            rows.append(Row(family, prompt, Place(shared.run, own, begun, begun), apart))
+        try:
+            found = self._read_prompts(new, rows)
+        except BaseException:
+            for row in rows:
+                self._drop(row)
+            raise
+        self.rows += rows
+        self.logits = torch.cat([self.logits, torch.stack(found)]) if len(self.logits) else torch.stack(found)
+
+    def _read_prompts(self, new: list[_Shared], rows: list[Row]) -> list[Tensor]:
+        """Logits behind the prompt of each row, of which some are new."""
         same = self._kernel is not None and self._kernel.invariant_prompts
         for part in _passes([shared.alone and not same for shared in new]):
             chosen = [new[index] for index in part]
             for shared, logits in zip(chosen, self._read(chosen), strict=True):
                 shared.logits = logits
-        found = [row.shared.logits for row in rows]
+        found = [row.family.shared.logits for row in rows]
         behind = [index for index, row in enumerate(rows) if row.written < 0]
         if behind:
             for index, logits in zip(behind, self._read_on([rows[index] for index in behind]), strict=True):
                 found[index] = logits
-        self.rows += rows
-        self.logits = torch.cat([self.logits, torch.stack(found)]) if len(self.logits) else torch.stack(found)
+        return found
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
@@ -213,24 +232,31 @@ class Decoding:
             self.logits = self.logits[torch.tensor(rows, dtype=torch.int64, device=self.logits.device)]
         self.rows = chosen
 
+    def release(self) -> None:
+        """Drop all rows for good; their columns are free."""
+        self.select([])
+        self.released = True
+
     def _fork(self, row: Row) -> Row:
-        place = row.place
-        spare = [run for run in row.shared.spare if run.count == place.own.count]
-        if spare:
-            row.shared.spare.remove(spare[0])
-        own = spare[0] if spare else self.pool.take(place.own.count)
+        place, family = row.place, row.family
+        own = family.spare.pop() if family.spare else self.pool.take(place.own.count)
         made = Place(place.prompt, own, place.shared, place.length)
         self.pool.copy(place.columns(place.shared, place.length), made.columns(place.shared, place.length))
-        row.shared.rows += 1
-        return Row(row.shared, row.prompt, made, row.alone)
+        family.rows += 1
+        return Row(family, row.prompt, made, row.alone)
 
     def _drop(self, row: Row) -> None:
-        shared = row.shared
-        shared.rows -= 1
-        shared.spare.append(row.place.own)
-        if shared.rows == 0:
-            for run in [shared.run, *shared.spare]:
-                self.pool.give_back(run)
+        family = row.family
+        family.rows -= 1
+        family.spare.append(row.place.own)
+        if family.rows:
+            return
+        for run in family.spare:
+            self.pool.give_back(run)
+        shared = family.shared
+        shared.users -= 1
+        if not shared.users:
+            self.pool.give_back(shared.run)
             del self._prompts[shared.key]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -306,7 +332,9 @@ class Decoding:
         """Logits ``[n, s, v]`` behind tokens ``[n, s]`` of some rows."""
         device, (b, s) = tokens.device, tokens.shape
         chosen = [self.rows[index] for index in rows]
-        first = np.asarray([row.written for row in chosen])[:, None] + np.arange(s)
+        # Padding has the position of its row's last token: it may be the last one that there is.
+        offsets = np.minimum(np.arange(s), np.asarray(counts)[:, None] - 1)
+        first = np.asarray([row.written for row in chosen])[:, None] + offsets
         start = np.asarray([[row.prompt.answer_start, row.prompt.answer_step] for row in chosen])
         positions = torch.from_numpy(start[:, :1] + start[:, 1:] * first).to(device)
         lengths = [row.place.length for row in chosen]

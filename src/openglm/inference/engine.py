@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,6 +24,9 @@ from openglm.models.glm130b import GLM130B, Layer
 from openglm.parallel.inference import RankNetwork
 from openglm.quantization.layers import use_panels
 
+#: Threads that torch has outside of ``one_thread``; 0 = it is not in use.
+_THREADS: contextvars.ContextVar[int] = contextvars.ContextVar("threads", default=0)
+
 
 class Engine:
     """Runs a network over prompts. Weights stay where they are; dtype and device are the network's."""
@@ -33,12 +38,12 @@ class Engine:
         self.notes = [note] if (note := use_panels(network)) else []
         """What runs slower than it could, one sentence each."""
         use_onednn(network)
-        self._packed = any(isinstance(module, PanelLinear) for module in network.modules())
+        packed = any(isinstance(module, PanelLinear) for module in network.modules())
         self.kernel = Pass(network) if self.dtype == torch.float32 and Pass.serves(network) else None
         """Runs prompts and steps in one call each, where the network is quantized, whole, and on a CPU."""
         self.cache_dtype = self.dtype if self.kernel is None else torch.float16
         """Of keys and values: the network's, or half of it where the kernel reads that as fast as it comes."""
-        self._gpu: tuple[ColumnPool, Kernel] | None = None
+        self._gpu: tuple[ColumnPool, Kernel, weakref.ref[Decoding]] | None = None
         self.uses_triton = False
         """Whether passes run in the Triton kernels, on a GPU that they serve."""
         if self.device.type == "cuda":
@@ -47,6 +52,8 @@ class Engine:
         """Proposes tokens that are checked several at once; see ``speculation``."""
         self.group = network.group if isinstance(network, RankNetwork) else None
         """The tensor-parallel ranks that run this network together; all of them are to be given the same requests."""
+        # What decides which requests are computed apart must be the same everywhere.
+        self._packed = packed if self.group is None else self.group.told(lambda: packed)
 
     def use_triton(self) -> None:
         """Let passes run in the Triton kernels; where that cannot be, a note says why."""
@@ -83,16 +90,20 @@ class Engine:
             names = ", ".join(str(own).removeprefix("torch.") for own in allowed)
             raise InputError(f"the cache is kept in {names}, not in {dtype}", key="cache_dtype")
         self.cache_dtype = found
+        if self.uses_triton and found != self.dtype:
+            self.notes.append("the GPU kernels keep a cache in the network's type, so the network runs in plain PyTorch")
 
     @contextlib.contextmanager
     def one_thread(self) -> Iterator[None]:
         """Where the kernels' own threads do the work, torch stays on one: its others would wait awake on their cores."""
         threads = torch.get_num_threads()
+        token = _THREADS.set(_THREADS.get() or threads)
         if self.kernel is not None:
             torch.set_num_threads(1)
         try:
             yield
         finally:
+            _THREADS.reset(token)
             torch.set_num_threads(threads)
 
     def apart(self, request: Request) -> bool:
@@ -116,29 +127,34 @@ class Engine:
             seed = self.group.told(lambda: make_generator(None).initial_seed())
         return make_generator(seed)
 
-    def decoding(self, columns: int, *, padding: str = "right") -> Decoding:
-        """Room for sequences of so many columns together, prompts and answers."""
-        if self.uses_triton and self.cache_dtype == self.dtype and padding == "right":
-            pool, kernel = self._for_triton(columns)
-            return Decoding(self.network, kernel, pool)
+    def decoding(self, columns: int, *, padding: str = "right", triton: bool = True) -> Decoding:
+        """Room for sequences of so many columns together, prompts and answers. ``triton`` False: in plain PyTorch on a GPU."""
+        if triton and self.uses_triton and self.cache_dtype == self.dtype and padding == "right":
+            return self._in_triton(columns)
         if self.kernel is not None:
-            self.kernel.threads = torch.get_num_threads()
+            self.kernel.threads = _THREADS.get() or torch.get_num_threads()
         heads = self.network.heads
         pool = ColumnPool(self.config, columns, dtype=self.cache_dtype, device=self.device, heads=heads)
         return Decoding(self.network, self.kernel, pool, padding=padding)
 
-    def _for_triton(self, columns: int) -> tuple[ColumnPool, Kernel]:
-        """A cache and the kernels made for it. They are kept for the next time, for CUDA graphs are captured with addresses."""
+    def _in_triton(self, columns: int) -> Decoding:
+        """Over a cache that is kept, with its kernels, for the next time: CUDA graphs are captured with addresses."""
         from openglm.kernels.gpu.network import Pass as GPUPass
 
         found = self._gpu
-        if found is None or found[0].columns < columns or found[0].free < found[0].columns:
+        user = None if found is None else found[2]()
+        if found is None or found[0].columns < columns or (user is not None and not user.released):
             self._gpu = None  # its memory first
             columns = max(columns, self.config.max_sequence_length)
             pool = ColumnPool(self.config, columns, dtype=self.dtype, device=self.device)
             longest = min(columns, 2 * self.config.max_sequence_length)
-            found = self._gpu = pool, GPUPass(self.network, pool.keys, pool.values, longest)
-        return found
+            kernel: Kernel = GPUPass(self.network, pool.keys, pool.values, longest)
+        else:
+            pool, kernel = found[:2]
+            pool.clear()
+        made = Decoding(self.network, kernel, pool)
+        self._gpu = pool, kernel, weakref.ref(made)
+        return made
 
     def prefill(self, prompts: Sequence[Prompt], room: int, *, copies: int = 1, padding: str = "right") -> Decoding:
         """The prompts in one pass, padded on the "right" or "left"; ready for ``room`` more tokens a row, and for forking

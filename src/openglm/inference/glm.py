@@ -223,6 +223,14 @@ class GLM:
         width = settings.num_beams
         needs = sorted((self._columns(draft, settings) for draft in drafts), reverse=True)
         scheduler = self.engine.scheduler(sum(needs[:batch_size]), most_rows=width * batch_size)
+        try:
+            yield from self._write_with(scheduler, drafts, settings, batch_size)
+        finally:
+            scheduler.close()
+
+    def _write_with(
+        self, scheduler: Scheduler, drafts: Sequence[Draft], settings: SamplingSettings, batch_size: int
+    ) -> Iterator[str]:
         coming = iter(drafts)
         open_blanks = {draft: self._begin(draft, settings, scheduler) for draft in itertools.islice(coming, batch_size)}
         while open_blanks:
@@ -267,9 +275,9 @@ class GLM:
         """Columns of the cache that a draft's blanks need at most, one after the other."""
         limit = self.config.max_sequence_length
         last = min(len(draft.ids) + 1 + (draft.blanks - 1) * settings.max_tokens, limit)
-        return max(
-            length + settings.num_beams * min(settings.max_tokens, limit - length) for length in (len(draft.ids) + 1, last)
-        )
+        first = len(draft.ids) + 1
+        widest = min(max(first, limit - settings.max_tokens), last)  # the longest prompt that leaves all the room there is
+        return max(length + settings.num_beams * min(settings.max_tokens, limit - length) for length in (first, widest, last))
 
     def _drafts(self, texts: Sequence[str], settings: SamplingSettings) -> list[Draft]:
         if isinstance(texts, str):

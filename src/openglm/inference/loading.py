@@ -114,7 +114,9 @@ def _load(
         notes += _load_what_fits(network, source, dtype, place, offload, memory, cache_dtype)
     glm = GLM(network.eval().requires_grad_(False), tokenizer, notes)
     if cache_dtype is not None:
+        known = len(glm.engine.notes)
         glm.engine.set_cache_dtype(cache_dtype)
+        glm.notes += glm.engine.notes[known:]
     if draft == "lookup":
         glm.engine.drafter = LookupDrafter()
     elif draft is not None:

@@ -3,6 +3,7 @@ still chosen from the network's own scores, and what was proposed beyond the fir
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,19 +63,24 @@ class ModelDrafter:
         if count < 1:
             raise InputError("a draft has at least 1 token")
         self.engine, self.count = engine, count
-        self._drafts: dict[Request, Decoding] = {}
+        self._drafts: weakref.WeakKeyDictionary[Request, Decoding] = weakref.WeakKeyDictionary()
 
     def propose(self, requests: Sequence[Request]) -> list[list[int]]:
         """``count`` tokens for each request."""
         return [self._write(request) for request in requests]
 
     def _write(self, request: Request) -> list[int]:
+        length = len(request.prompt.layout) + len(request.tokens) + self.count
+        if length > self.engine.config.max_sequence_length:
+            return []  # positions that the draft does not have
         decoding = self._drafts.get(request)
         if decoding is None:
             room = request.room + self.count
-            decoding = self._drafts[request] = self.engine.prefill([request.prompt], room)
-        row = decoding.rows[0]
-        fed = row.written
+            # On a GPU each cache would have CUDA graphs of its own.
+            decoding = self.engine.decoding(len(request.prompt.layout) + room, triton=False)
+            decoding.add([request.prompt], [room], [1])
+            self._drafts[request] = decoding
+        fed = decoding.rows[0].written
         with self.engine.one_thread():
             decoding.append(torch.tensor([request.tokens[fed:]], device=self.engine.device))
             proposed: list[int] = []

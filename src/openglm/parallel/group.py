@@ -91,8 +91,13 @@ def _meeting() -> Iterator[None]:
     """A process that ended tells why itself; those that wait for it say no more than that."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise OpenGLMError("another process of this run has ended", hint="its own message says why") from error
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OpenGLMError(
+            f"the processes of this run have lost each other ({cause})", hint="one that ended says why in its own message"
+        ) from error
 
 
 def _wide(x: Tensor) -> Tensor:
