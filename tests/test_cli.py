@@ -244,7 +244,7 @@ def test_a_bad_line_is_named_and_those_before_it_are_kept() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to a child")
 def test_an_interrupt_loses_nothing_and_repeats_nothing(tiny: Path) -> None:
-    write_inputs(150)
+    write_inputs(600)
     output = Path("out.jsonl")
     job = [*JOB[:-1], "1", "--model", str(tiny)]
     child = subprocess.Popen([GLM, *job], stderr=subprocess.PIPE, text=True)
@@ -254,10 +254,10 @@ def test_an_interrupt_loses_nothing_and_repeats_nothing(tiny: Path) -> None:
     child.send_signal(signal.SIGINT)
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == 130, stderr
-    assert re.fullmatch(r"interrupted with \d+ of 150 texts answered; the same command goes on from there\n", stderr)
+    assert re.fullmatch(r"interrupted with \d+ of 600 texts answered; the same command goes on from there\n", stderr)
     before = output.read_bytes()
-    assert 4 < before.count(b"\n") < 150
+    assert 4 < before.count(b"\n") < 600
     run(*job, "--batch-size", "50")
     after = output.read_bytes()
     assert after.startswith(before[: before.rindex(b"\n") + 1])
-    assert [row["line"] for row in rows(after.decode())] == list(range(1, 151))
+    assert [row["line"] for row in rows(after.decode())] == list(range(1, 601))
