@@ -62,10 +62,10 @@ class Request:
     def glm(self) -> GLM:
         """The model; its name and the settings are checked before it is loaded."""
         # Under torchrun the processes meet first, so that what one of them lacks is told by all.
-        return self._load() if self.group is None else self.group.together(self._load)
-
-    def _load(self) -> GLM:
-        model_folder(self.model, download=self.download)  # before torch is imported
+        if self.group is None:
+            self._find()  # before torch is imported
+        else:
+            self.group.together(self._find)
         from openglm.inference.sampling import SamplingSettings
 
         with as_options():
@@ -81,6 +81,12 @@ class Request:
                 memory=None if self.memory is None else self.memory * 1e9,
                 tensor_parallel=self.group is not None,
             )
+
+    def _find(self) -> None:
+        """Raises if there is no such model."""
+        model_folder(self.model, download=self.download)
+        if self.draft not in (None, "lookup"):
+            model_folder(self.draft)
 
     def check(self, text: str, place: str = "the text") -> None:
         """Refuse what no model can answer. Raises ``InputError``."""

@@ -38,7 +38,7 @@ class Engine:
         self.notes = [note] if (note := use_panels(network)) else []
         """What runs slower than it could, one sentence each."""
         use_onednn(network)
-        packed = any(isinstance(module, PanelLinear) for module in network.modules())
+        self._packed = any(isinstance(module, PanelLinear) for module in network.modules())
         self.kernel = Pass(network) if self.dtype == torch.float32 and Pass.serves(network) else None
         """Runs prompts and steps in one call each, where the network is quantized, whole, and on a CPU."""
         self.cache_dtype = self.dtype if self.kernel is None else torch.float16
@@ -52,8 +52,11 @@ class Engine:
         """Proposes tokens that are checked several at once; see ``speculation``."""
         self.group = network.group if isinstance(network, RankNetwork) else None
         """The tensor-parallel ranks that run this network together; all of them are to be given the same requests."""
-        # What decides which requests are computed apart must be the same everywhere.
-        self._packed = packed if self.group is None else self.group.told(lambda: packed)
+
+    def agree(self) -> None:
+        """Under tensor parallelism: what decides which requests are computed apart becomes the same on all ranks."""
+        if self.group is not None:
+            self._packed = self.group.told(lambda: self._packed)
 
     def use_triton(self) -> None:
         """Let passes run in the Triton kernels; where that cannot be, a note says why."""

@@ -75,7 +75,11 @@ def load(
     def make() -> GLM:
         return _load(model, dtype, device, rotary_dtype, config, tokenizer, cache_dtype, draft, offload, memory, group)
 
-    return make() if group is None else group.together(make)
+    if group is None:
+        return make()
+    glm = group.together(make)
+    glm.engine.agree()
+    return glm
 
 
 def _load(
