@@ -14,10 +14,23 @@ from pathlib import Path
 import pytest
 from command_line import GLM, TEXT, refuse, rows, run
 
-from openglm.config import ModelConfig
+from openglm.config import ModelConfig, QuantizationScheme
 from openglm.tokenizers.unigram import UnigramTokenizer
 
 pytestmark = pytest.mark.usefixtures("surroundings")
+
+
+def test_a_bundled_model_answers_in_int8_unless_another_type_is_asked_for(tiny: Path, monkeypatch) -> None:
+    from openglm.cli.answering import Request
+    from openglm.kernels.cpu import library
+
+    scheme = None if library.why_not() else QuantizationScheme(8, head_bits=8)
+    assert Request("fill", "nano").glm.config.quantization == scheme
+    assert Request("fill", "nano", loading={"dtype": "float32"}).glm.config.quantization is None
+    assert Request("fill", "nano", loading={"bits": 4}).glm.config.quantization == QuantizationScheme(4)
+    assert Request("fill", str(tiny)).glm.config.quantization is None
+    monkeypatch.setenv(library.VARIANT, "none")
+    assert Request("fill", "nano").glm.config.quantization is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,10 +12,13 @@ import torch
 from openglm import load
 from openglm.checkpoints import open_checkpoint, open_model, save_checkpoint
 from openglm.checkpoints.loading import convert_source, load_into, load_network
+from openglm.checkpoints.quantizing import QuantizingSource
+from openglm.checkpoints.rank import RankSource
 from openglm.config import ModelConfig
 from openglm.config import QuantizationScheme as Scheme
-from openglm.errors import CheckpointError, ConfigError
+from openglm.errors import CheckpointError, ConfigError, InputError
 from openglm.models.glm130b import GLM130B
+from openglm.parallel.cut import TensorCut
 from openglm.quantization.layers import QuantizedLinear, quantize
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=2, inner_hidden_size=96, vocab_size=80)
@@ -64,12 +67,46 @@ def test_a_converted_model_is_the_quantized_network(plain, tmp_path, monkeypatch
     assert small < (0.75 if scheme.bits == 8 else 0.6) * large
 
 
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, head_bits=8), Scheme(4, 32, head_bits=4)], ids=str)
+def test_quantized_as_it_is_read(plain, tmp_path, monkeypatch, scheme: Scheme) -> None:
+    monkeypatch.setattr("openglm.checkpoints.loading.SLICE", 64 * 24)
+    convert_source(open_model(plain), tmp_path / "small", scheme=scheme)
+    kept, made = open_model(tmp_path / "small"), QuantizingSource(open_model(plain), scheme)
+    assert made.config == kept.config and made.names() == kept.names()
+    for name in kept.names():
+        assert torch.equal(made.tensor(name), kept.tensor(name)), name
+    # Parts of ranks, codes before scales and the other way round.
+    for rank in range(2):
+        cut = TensorCut(kept.config, rank, 2)
+        for name in [*kept.names(), *reversed(kept.names())]:
+            assert torch.equal(RankSource(made, cut).tensor(name), RankSource(kept, cut).tensor(name)), name
+    glm = load(plain, bits=scheme.bits, group=scheme.group, head_bits=scheme.head_bits)
+    assert glm.config == kept.config
+    ids = [20, 30, glm.config.special_tokens["[MASK]"], 40, glm.config.special_tokens["eos"]]
+    stored = load(tmp_path / "small")
+    assert glm.fill_ids(ids, search="greedy", max_length=24) == stored.fill_ids(ids, search="greedy", max_length=24)
+
+
 def test_fill_and_score_run_on_a_quantized_model(plain, tmp_path) -> None:
     convert_source(open_model(plain), tmp_path / "small", scheme=Scheme(8))
     glm, exact = load(tmp_path / "small"), load(plain)
     ids = [20, 30, glm.config.special_tokens["[MASK]"], 40, glm.config.special_tokens["eos"]]
     assert glm.fill_ids(ids, search="greedy", max_length=24) == glm.fill_ids(ids, search="greedy", max_length=24)
     assert (logits(glm.network) - logits(exact.network)).abs().max() < 0.1 * logits(exact.network).abs().max()
+
+
+def test_what_is_refused_of_a_model_that_is_read(plain, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="8 or 4 bits, not 5"):
+        load(plain, bits=5)
+    with pytest.raises(InputError, match="`group` needs `bits`"):
+        load(plain, group=32)
+    with pytest.raises(InputError, match="does not go with offloaded layers"):
+        load(plain, bits=8, offload="disk")
+    with pytest.raises(ConfigError, match=r"rows of 64 weights .* groups of 128"):
+        load(plain, bits=4, group=128)
+    convert_source(open_model(plain), tmp_path / "small", scheme=Scheme(4))
+    with pytest.raises(ConfigError, match="quantized already"):
+        load(tmp_path / "small", bits=4)
 
 
 def test_what_is_refused(plain, tmp_path) -> None:

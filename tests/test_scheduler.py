@@ -125,16 +125,22 @@ def test_requests_that_cannot_be_served_are_refused():
     scheduler.submit(request("greedy", 2))
 
 
-def test_equal_prompts_are_read_and_kept_once(monkeypatch):
-    engine = pair(2)[0].engine
-    read: list[int] = []
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """How many tokens each call of the network read."""
+    found: list[int] = []
     original = GLM130B.hidden_states
 
     def counting(self, tokens, *args, **kwargs):
-        read.append(tokens.numel())
+        found.append(tokens.numel())
         return original(self, tokens, *args, **kwargs)
 
     monkeypatch.setattr(GLM130B, "hidden_states", counting)
+    return found
+
+
+def test_equal_prompts_are_read_and_kept_once(read):
+    engine = pair(2)[0].engine
     scheduler = Scheduler(engine, 1000)
     requests = []
     for seed in range(4):
@@ -161,16 +167,8 @@ def test_equal_prompts_are_read_and_kept_once(monkeypatch):
         assert made.tokens == own.tokens
 
 
-def test_a_common_beginning_is_read_once_from_left_to_right_only(monkeypatch):
+def test_a_common_beginning_is_read_once_from_left_to_right_only(read):
     engine = pair(2)[0].engine
-    read: list[int] = []
-    original = GLM130B.hidden_states
-
-    def counting(self, tokens, *args, **kwargs):
-        read.append(tokens.numel())
-        return original(self, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(GLM130B, "hidden_states", counting)
     common, ends = list(range(30, 60)), ([70, 71, 72], [70, 74], [75, 76, 77, 78])
     for unidirectional in (True, False):
         prompts = [generation_prompt([*common, *end], SPECIAL, kind="[gMASK]", unidirectional=unidirectional) for end in ends]

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from openglm.bundled import bundled_models
 from openglm.cli import console
 from openglm.cli.batch import Elsewhere, Line, Results, Stream, open_results, read_lines, run_batch, with_id
 from openglm.cli.models import load_model, model_folder, model_path
@@ -32,13 +33,8 @@ class Request:
     """"fill" or "generate"."""
     model: str
     download: bool = False
-    device: str | None = None
-    dtype: str | None = None
-    cache_dtype: str | None = None
-    draft: str | None = None
-    offload: str | None = None
-    memory: float | None = None
-    """Gigabytes."""
+    loading: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of ``load_model``, only those that were given."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of ``GLM.fill`` and ``GLM.generate``, only those that were given."""
     json: bool = False
@@ -52,7 +48,7 @@ class Request:
         from openglm.parallel.group import connect
 
         with as_options():
-            return connect(self.device)
+            return connect(self.loading.get("device"))
 
     def told(self, make: Callable[[], Value]) -> Value:
         """What ``make`` gives; under torchrun only one process calls it and tells the others."""
@@ -70,23 +66,28 @@ class Request:
 
         with as_options():
             SamplingSettings.of(**self.settings)
-            return load_model(
-                self.model,
-                download=self.download,
-                dtype=self.dtype,
-                device=self.device,
-                cache_dtype=self.cache_dtype,
-                draft=self.draft,
-                offload=self.offload,
-                memory=None if self.memory is None else self.memory * 1e9,
-                tensor_parallel=self.group is not None,
-            )
+            loading = {**self.loading, **self._int8()}
+            return load_model(self.model, download=self.download, tensor_parallel=self.group is not None, **loading)
+
+    def _int8(self) -> dict[str, Any]:
+        """A bundled model answers in INT8 on a CPU, as exact and several times as fast; {} for all others.
+
+        Whoever asks for a type, bits or offloading gets what was asked for.
+        """
+        asked = {"dtype", "bits", "group", "head_bits", "offload"} & set(self.loading)
+        if asked or self.model not in bundled_models():
+            return {}
+        from openglm.checkpoints import resolve_device
+        from openglm.kernels.cpu.library import why_not
+
+        slow = resolve_device(self.loading.get("device")).type != "cpu" or why_not()
+        return {} if slow else {"bits": 8, "head_bits": 8}
 
     def _find(self) -> None:
         """Raises if there is no such model."""
         model_folder(self.model, download=self.download)
-        if self.draft not in (None, "lookup"):
-            model_folder(self.draft)
+        if (draft := self.loading.get("draft", "lookup")) != "lookup":
+            model_folder(draft)
 
     def check(self, text: str, place: str = "the text") -> None:
         """Refuse what no model can answer. Raises ``InputError``."""
@@ -141,9 +142,8 @@ class Request:
         bare = sum(self.has_no_blank(line.text) for line in lines)
         if bare:
             console.note(f"{bare:,} of {len(lines):,} texts have no [MASK], so they are continued")
-        job = {"task": self.task, "model": self.model, "dtype": self.dtype, **self.settings}
-        if self.cache_dtype is not None:
-            job["cache_dtype"] = self.cache_dtype
+        numbers = {key: self.loading[key] for key in ("cache_dtype", "bits", "group", "head_bits") if key in self.loading}
+        job = {"task": self.task, "model": self.model, "dtype": self.loading.get("dtype"), **numbers, **self.settings}
         results = None if output is None else self._results(output, lines, name, job)
         try:
             run_batch(

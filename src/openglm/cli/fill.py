@@ -32,6 +32,9 @@ def fill(
     download: options.Download = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    bits: options.Bits = None,
+    group: options.Group = None,
+    head_bits: options.HeadBits = None,
     cache_dtype: options.CacheDtype = None,
     draft: options.Draft = None,
     offload: options.Offload = None,
@@ -79,7 +82,18 @@ def fill(
         seed=seed,
         stop=stop,
     )
-    request = Request("fill", model, download, device, dtype, cache_dtype, draft, offload, memory, settings, json, batch_size)
+    loading = options.given(
+        device=device,
+        dtype=dtype,
+        bits=bits,
+        group=group,
+        head_bits=head_bits,
+        cache_dtype=cache_dtype,
+        draft=draft,
+        offload=offload,
+        memory=memory,
+    )
+    request = Request("fill", model, download, loading, settings, json, batch_size)
     if show_layout:
         from openglm.cli.layout import show_layout as show
 

@@ -28,6 +28,9 @@ def generate(
     download: options.Download = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    bits: options.Bits = None,
+    group: options.Group = None,
+    head_bits: options.HeadBits = None,
     cache_dtype: options.CacheDtype = None,
     draft: options.Draft = None,
     offload: options.Offload = None,
@@ -67,7 +70,16 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    request = Request(
-        "generate", model, download, device, dtype, cache_dtype, draft, offload, memory, settings, json, batch_size
+    loading = options.given(
+        device=device,
+        dtype=dtype,
+        bits=bits,
+        group=group,
+        head_bits=head_bits,
+        cache_dtype=cache_dtype,
+        draft=draft,
+        offload=offload,
+        memory=memory,
     )
+    request = Request("generate", model, download, loading, settings, json, batch_size)
     request.run(text, input, output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openglm.bundled import bundled_models, existing_path, find_model
 from openglm.cli import console
@@ -99,33 +99,16 @@ def open_source(model: str, *, download: bool = False) -> ModelSource:
 
 
 def load_model(
-    model: str,
-    *,
-    download: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    cache_dtype: str | None = None,
-    draft: str | None = None,
-    offload: str | None = None,
-    memory: float | None = None,
-    tensor_parallel: bool = False,
+    model: str, *, download: bool = False, draft: str | None = None, memory: float | None = None, **options: Any
 ) -> GLM:
-    """The model, ready to answer; what the loader deduced goes to stderr. Imports torch."""
+    """The model, ready to answer; what the loader deduced goes to stderr. ``memory`` in gigabytes, the rest as ``load``
+    has it. Imports torch."""
     folder = model_folder(model, download=download)  # a wrong name is told before torch is imported
     if draft is not None and draft != "lookup":
         model_folder(draft)
     from openglm.inference.loading import load
 
-    glm = load(
-        str(folder),
-        dtype=dtype,
-        device=device,
-        cache_dtype=cache_dtype,
-        draft=draft,
-        offload=offload,
-        memory=memory,
-        tensor_parallel=tensor_parallel,
-    )
+    glm = load(str(folder), draft=draft, memory=None if memory is None else memory * 1e9, **options)
     for line in glm.notes:
         console.note(f"note: {line}")
     return glm

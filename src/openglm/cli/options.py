@@ -34,6 +34,23 @@ Dtype = Annotated[
     ),
 ]
 
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        metavar="8|4",
+        help="Quantize the layers as they are read; a bundled model on a CPU: 8, unless a --dtype is given.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="With --bits: columns that share a scale, 32, 64 or 128; else a row.", rich_help_panel=_MODEL
+    ),
+]
+HeadBits = Annotated[
+    int | None, typer.Option(metavar="8|4", help="With --bits: of embedding and head; else they stay.", rich_help_panel=_MODEL)
+]
 CacheDtype = Annotated[
     str | None,
     typer.Option(

@@ -13,8 +13,9 @@ import torch
 from openglm.bundled import find_model
 from openglm.checkpoints import ModelSource, empty_network, load_into, open_model, resolve_device
 from openglm.checkpoints.layout import dtype_name, resolve_dtype
+from openglm.checkpoints.quantizing import QuantizingSource
 from openglm.checkpoints.rank import RankSource
-from openglm.config import ModelConfig
+from openglm.config import ModelConfig, QuantizationScheme
 from openglm.errors import InputError
 from openglm.inference.glm import GLM
 from openglm.inference.offload import PLACES, SLOTS, load_streamed
@@ -41,6 +42,9 @@ def load(
     offload: str | None = None,
     memory: float | None = None,
     tensor_parallel: bool = False,
+    bits: int | None = None,
+    group: int | None = None,
+    head_bits: int | None = None,
 ) -> GLM:
     """A model by the name of a bundled one, or from a folder: our own format, or a released checkpoint.
 
@@ -53,6 +57,9 @@ def load(
     copied ahead of their use; "auto" takes the host for a GPU if they fit there, else the disk. ``memory``: bytes that weights,
     keys and values and activations may then take on the device; None: all it has, less a reserve. On a CPU "host" keeps
     layers as they are stored, in the same memory: half precision is widened as it is used.
+
+    ``bits`` (8 or 4) quantizes the layers' matrices of a plain model as they are read, with a scale a row or for ``group``
+    columns; ``head_bits`` the embedding, which is also the head. It is what ``glm quantize`` writes, and not kept.
 
     ``tensor_parallel``: the processes that torchrun started share every matrix; each reads and holds its part. All of them
     must then make the same calls with the same texts, and get the same answers; ``device`` is "cpu" or "cuda", of which each
@@ -70,14 +77,24 @@ def load(
         raise InputError(f"`memory` {what}", key="memory")
     if offload is not None and tensor_parallel:
         raise InputError("`offload` and tensor parallelism exclude each other", hint="take more processes", key="offload")
-    group = connect(device) if tensor_parallel else None
+    if bits is None and (group, head_bits) != (None, None):
+        key = "head_bits" if group is None else "group"
+        raise InputError(f"`{key}` needs `bits`", key=key)
+    if bits is not None and offload is not None:
+        raise InputError(
+            "`bits` does not go with offloaded layers, which are read again for each token",
+            hint="store the model quantized with `glm quantize`, and offload that",
+            key="bits",
+        )
+    scheme = None if bits is None else QuantizationScheme(bits, group, head_bits=head_bits)
+    ranks = connect(device) if tensor_parallel else None
 
     def make() -> GLM:
-        return _load(model, dtype, device, rotary_dtype, config, tokenizer, cache_dtype, draft, offload, memory, group)
+        return _load(model, dtype, device, rotary_dtype, config, tokenizer, cache_dtype, draft, offload, memory, scheme, ranks)
 
-    if group is None:
+    if ranks is None:
         return make()
-    glm = group.together(make)
+    glm = ranks.together(make)
     glm.engine.agree()
     return glm
 
@@ -93,9 +110,12 @@ def _load(
     draft: str | Path | GLM | None,
     offload: str | None,
     memory: float | None,
+    scheme: QuantizationScheme | None,
     group: TensorGroup | None,
 ) -> GLM:
-    source = open_model(find_model(model), config)
+    source: ModelSource = open_model(find_model(model), config)
+    if scheme is not None:
+        source = QuantizingSource(source, scheme)
     changes = {} if rotary_dtype is None else {"rotary_dtype": rotary_dtype}
     chosen = dataclasses.replace(source.config, **changes)
     place = resolve_device(device if group is None else group.device)

@@ -46,7 +46,7 @@ def quantize_matrix(weight: Tensor, scheme: QuantizationScheme) -> Quantized:
     """
     groups = weight.shape[1] // scheme.columns(weight.shape[1])
     grouped = _grouped(weight.half(), groups)  # [n, g, columns]
-    if not grouped.isfinite().all():
+    if not all(end.isfinite() for end in torch.aminmax(grouped)):  # NaN is passed on
         raise ConfigError("a weight is not finite, or too large for float16", key="weight")
     make = _asymmetric if scheme.zero_point else _symmetric
     best = make(grouped, 1.0, scheme)
@@ -87,9 +87,9 @@ def nearest_codes(weights: Tensor, scales: Tensor, zeros: Tensor | None, scheme:
     """The codes, int8, that come nearest to weights, which are rounded to float16 first; scales and zeros broadcast."""
     weights = weights.half()
     if zeros is None:
-        codes = (weights / scales).round()  # float16, ties to even
+        codes = (weights / scales).round_()  # float16, ties to even
         # A scale of 0 divides into infinities; such a group is lost in the original as well, and is 0 here.
-        return torch.where(scales == 0, 0, codes).clamp(-scheme.largest, scheme.largest).to(torch.int8)
+        return codes.masked_fill_(scales == 0, 0).clamp_(-scheme.largest, scheme.largest).to(torch.int8)
     steps = torch.where(scales == 0, 1, scales).float()
     return ((weights.float() / steps).round() + zeros).clamp(-scheme.largest - 1, scheme.largest).to(torch.int8)
 
