@@ -298,7 +298,6 @@ class Decoding:
         longest = max(length + count for length, count in zip(lengths, counts, strict=True))
         return torch.from_numpy(np.arange(longest) < seen[:, :, None]).to(self.pool.keys.device)
 
-    @torch.inference_mode()
     def append(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Feed one token a row, int64 ``[rows]``; the logits behind it ``[rows, v]``.
 
@@ -311,18 +310,26 @@ class Decoding:
         for row, count in zip(self.rows, counts, strict=True):
             if count > row.room:
                 raise InputError(f"a sequence has room for {row.room} more tokens, not for {count}")
-        parts = _passes([row.alone and not self.invariant_steps for row in self.rows])
-        found = [self._step(tokens[part], part, [counts[index] for index in part]) for part in parts]
-        if len(found) == 1:
-            logits = found[0]
+        logits = self._each(tokens, counts)
+        if tokens.shape[1] == 1:
+            self.logits = logits[:, 0]
         else:
+            last = torch.tensor([count - 1 for count in counts], device=logits.device)
+            self.logits = logits[torch.arange(len(logits), device=logits.device), last]
+        return logits if several else self.logits
+
+    def _each(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        """Logits ``[rows, s, v]`` behind tokens ``[rows, s]``, which go into the cache."""
+        parts = _passes([row.alone and not self.invariant_steps for row in self.rows])
+        if len(parts) == 1:
+            logits = self._step(tokens, parts[0], counts)
+        else:
+            found = [self._step(tokens[part], part, [counts[index] for index in part]) for part in parts]
             order = np.argsort([index for part in parts for index in part])
             logits = torch.cat(found)[torch.from_numpy(order).to(tokens.device)]
         for row, count in zip(self.rows, counts, strict=True):
             row.place.length += count
-        last = torch.tensor([count - 1 for count in counts], device=logits.device)
-        self.logits = logits[:, 0] if tokens.shape[1] == 1 else logits[torch.arange(len(logits), device=logits.device), last]
-        return logits if several else self.logits
+        return logits
 
     def shorten(self, row: int, count: int) -> None:
         """Take the last ``count`` tokens of a row back; its logits are then the caller's to set."""
@@ -332,13 +339,19 @@ class Decoding:
         """Logits ``[n, s, v]`` behind tokens ``[n, s]`` of some rows."""
         device, (b, s) = tokens.device, tokens.shape
         chosen = [self.rows[index] for index in rows]
-        # Padding has the position of its row's last token: it may be the last one that there is.
-        offsets = np.minimum(np.arange(s), np.asarray(counts)[:, None] - 1)
-        first = np.asarray([row.written for row in chosen])[:, None] + offsets
-        start = np.asarray([[row.prompt.answer_start, row.prompt.answer_step] for row in chosen])
-        positions = torch.from_numpy(start[:, :1] + start[:, 1:] * first).to(device)
-        lengths = [row.place.length for row in chosen]
-        mask = self._causal(lengths, counts, s) if s > 1 or len(set(lengths)) > 1 else None
+        if s == 1:
+            next_ones = [[row.prompt.answer_start + row.prompt.answer_step * row.written] for row in chosen]
+            positions = torch.tensor(next_ones, device=device)
+        else:
+            # Padding has the position of its row's last token: it may be the last one that there is.
+            offsets = np.minimum(np.arange(s), np.asarray(counts)[:, None] - 1)
+            first = np.asarray([row.written for row in chosen])[:, None] + offsets
+            start = np.asarray([[row.prompt.answer_start, row.prompt.answer_step] for row in chosen])
+            positions = torch.from_numpy(start[:, :1] + start[:, 1:] * first).to(device)
+        mask = None
+        if self._kernel is None:
+            lengths = [row.place.length for row in chosen]
+            mask = self._causal(lengths, counts, s) if s > 1 or len(set(lengths)) > 1 else None
         alone = any(row.alone for row in chosen)
         logits = self._pass(tokens, positions, mask, [row.place for row in chosen], counts, alone)
         return logits.view(b, s, -1)
@@ -356,16 +369,18 @@ class Decoding:
     ) -> Tensor:
         """Logits of all tokens ``[b * s, v]``, or of some ``[n, v]``."""
         if self._kernel is not None and not left:
-            found = self._kernel(tokens, positions, self.pool, places, counts, mask, rows)
-            if not self._kernel.has_head:
-                matrix = self._network.word_embeddings.weight
-                found = torch.cat(
-                    [self._network.vocabulary_product(part, matrix) for part in found.split(1 if alone else len(found))]
+            if self._kernel.has_head:
+                return single(self._kernel(tokens, positions, self.pool, places, counts, mask, rows))
+            with torch.inference_mode():
+                found = self._kernel(tokens, positions, self.pool, places, counts, mask, rows)
+                parts = found.split(1 if alone else len(found))
+                return single(
+                    torch.cat([self._network.vocabulary_product(part, self._network.word_embeddings.weight) for part in parts])
                 )
-            return single(found)
-        view = PoolView(self.pool, places, counts, left=left)
-        hidden = self._network.hidden_states(tokens, positions, mask, cache=view).flatten(0, 1)
-        return single(self._network.logits(hidden if rows is None else hidden[rows.to(hidden.device)]))
+        with torch.inference_mode():
+            view = PoolView(self.pool, places, counts, left=left)
+            hidden = self._network.hidden_states(tokens, positions, mask, cache=view).flatten(0, 1)
+            return single(self._network.logits(hidden if rows is None else hidden[rows.to(hidden.device)]))
 
 
 def _passes(alone: Sequence[bool]) -> list[list[int]]:

@@ -47,6 +47,15 @@ static inline int next_piece(Counter *counter, int64_t total, int64_t size, int6
     return *first < total;
 }
 
+/* The same, but each thread begins with the piece of its own number, so that it can fetch what it will read first; *first < 0
+ * begins. */
+static inline int next_of_mine(Counter *counter, int64_t total, int64_t size, int thread, int threads, int64_t *first, int64_t *end) {
+    if (*first < 0) *first = thread * size;
+    else *first = threads * size + atomic_fetch_add_explicit(&counter->next, size, memory_order_relaxed);
+    *end = *first + size < total ? *first + size : total;
+    return *first < total;
+}
+
 static inline int64_t piece_size(int64_t total, int threads) {
     int64_t size = total / (threads * 6);
     return threads == 1 ? total : size < 1 ? 1 : size > 16 ? 16 : size;

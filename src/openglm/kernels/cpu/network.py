@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 from collections.abc import Sequence
@@ -83,6 +84,7 @@ class Pass:
         self.threads = torch.get_num_threads()
         self._embed = network.embed
         self._rotary = network.rotary
+        self._all = self._network(self._layers[0], config.num_layers, True)
 
     @staticmethod
     def serves(network: Any) -> bool:
@@ -117,29 +119,29 @@ class Pass:
         into ``[b * s]``.
         """
         (b, s), hidden = tokens.shape, self.config.hidden_size
-        tokens = tokens.contiguous()
-        length = max(place.length for place in places) + s
-        rotary = self._rotary.table(max(length, self.config.max_sequence_length), tokens.device, torch.float32)[:, positions]
-        rows = torch.arange(b * s) if rows is None else rows.contiguous()
-        normed = torch.empty(len(rows), hidden)
-        logits = torch.empty(len(rows), self.config.vocab_size) if self.has_head else None
+        tokens, positions = tokens.contiguous(), positions.contiguous()
+        longest = max(place.length for place in places)
+        rotary = self._rotary.table(max(longest + s, self.config.max_sequence_length), tokens.device, torch.float32)
+        rows = None if rows is None else rows.contiguous()
+        count = b * s if rows is None else len(rows)
+        normed = torch.empty(count, hidden)
+        logits = torch.empty(count, self.config.vocab_size) if self.has_head else None
         whole = self.has_head and len(self._parts) == 1
         x = None if whole else self._embed(tokens).float().contiguous()
-        mask = None if mask is None or any(place.length for place in places) else mask.contiguous()
-        where = torch.tensor(
-            [
-                (place.prompt.start, place.shared, place.own.start, place.length, count)
-                for place, count in zip(places, counts, strict=True)
-            ]
-        )
+        mask = None if mask is None or longest else mask.contiguous()
+        where = array.array("q")
+        for place, own in zip(places, counts, strict=True):
+            where.extend((place.prompt.start, place.shared, place.own.start, place.length, own))
         step = Step(
             b,
             s,
-            where.data_ptr(),
+            where.buffer_info()[0],
             tokens.data_ptr() if whole else None,
             None if x is None else x.data_ptr(),
+            positions.data_ptr(),
             rotary.data_ptr(),
-            rotary.data_ptr() + rotary[0].numel() * 4,
+            rotary.data_ptr() + rotary[0].nbytes,
+            rotary.shape[1],
             None,
             None,
             None,
@@ -149,24 +151,37 @@ class Pass:
             CACHE_TYPES[pool.keys.dtype],
             None if mask is None else mask.data_ptr(),
             0 if mask is None else mask.stride(-2),
-            None,
-            0,
-            None,
+            None if rows is None else rows.data_ptr(),
+            count,
+            normed.data_ptr(),
             None if logits is None else logits.data_ptr(),
         )
-        first, every, last = 0, torch.arange(b * s), len(self._parts) - 1
-        for index, (count, streamed) in enumerate(self._parts):
+        if len(self._parts) == 1 and self._parts[0][1] is None:
+            self._run(step, self._all, pool, 0)
+            return normed if logits is None else logits
+        first, last = 0, len(self._parts) - 1
+        for index, (layers, streamed) in enumerate(self._parts):
             ends = index == last
-            out, picked, head = (normed, rows, self._head) if ends else (torch.empty(b * s, hidden), every, Matrix())
-            step.picked, step.num_picked, step.normed = picked.data_ptr(), len(picked), out.data_ptr()
-            step.keys, step.values = pool.keys[first].data_ptr(), pool.values[first].data_ptr()
-            if pool.scales is not None:
-                step.key_scales, step.value_scales = (scales[first].data_ptr() for scales in pool.scales)
+            out = normed if ends else torch.empty(b * s, hidden)
+            step.picked = rows.data_ptr() if ends and rows is not None else None
+            step.num_picked, step.normed = len(out), out.data_ptr()
             with contextlib.nullcontext() if streamed is None else streamed.held() as slot:
-                layers = self._layers[first] if slot is None else self._slots[id(slot)]
-                network = Network(ctypes.pointer(layers), self._final_norm, head, count, *self._shape, ends)
-                if self._library.glm_step(ctypes.byref(network), ctypes.byref(step), self.threads):
-                    raise MemoryError("there is no memory for this pass")
-            first, x = first + count, out  # what the next part begins with
+                own = self._layers[first] if slot is None else self._slots[id(slot)]
+                self._run(step, self._network(own, layers, ends), pool, first)
+            first, x = first + layers, out  # what the next part begins with
             step.ids, step.embeddings = None, x.data_ptr()
         return normed if logits is None else logits
+
+    def _network(self, first: Layer, layers: int, ends: bool) -> Network:
+        """Some layers, the first of them given; the last ones have norm and head behind them."""
+        head = self._head if ends else Matrix()
+        return Network(ctypes.pointer(first), self._final_norm, head, layers, *self._shape, ends)
+
+    def _run(self, step: Step, network: Network, pool: Any, first: int) -> None:
+        before = first * pool.keys.stride(0) * pool.keys.itemsize
+        step.keys, step.values = pool.keys.data_ptr() + before, pool.values.data_ptr() + before
+        if pool.scales is not None:
+            step.key_scales, step.value_scales = (scales[first].data_ptr() for scales in pool.scales)
+        failed = self._library.glm_step(ctypes.byref(network), ctypes.byref(step), self.threads)
+        if failed:
+            raise MemoryError("there is no memory for this pass") if failed == -1 else IndexError("a position is out of range")

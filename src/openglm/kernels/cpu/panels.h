@@ -67,14 +67,16 @@ typedef struct {
     const Place *places;           /* [sequences] */
     const int64_t *ids;            /* [rows], where the head is packed: it is the embedding too */
     const float *embeddings;       /* [rows][hidden], where it is not */
-    const float *cosines, *sines;  /* [rows][head_size] */
+    const int64_t *positions;      /* [rows], below num_positions */
+    const float *cosines, *sines;  /* [num_positions][head_size] */
+    int64_t num_positions;
     void *keys, *values;           /* [layers][heads][columns][head_size] with these strides, in columns */
     float *key_scales, *value_scales; /* [layers][heads][columns], for 8 bits */
     int64_t layer_stride, head_stride;
     int64_t cache_type;            /* 0 float32, 1 float16, 2 codes of 8 bits */
     const uint8_t *visible;        /* [rows][visible_stride] over a prompt's columns; NULL = every token sees what is before it */
     int64_t visible_stride;
-    const int64_t *picked;         /* rows whose outcome is wanted */
+    const int64_t *picked;         /* rows whose outcome is wanted; NULL = all */
     int64_t num_picked;
     float *normed;                 /* out, [picked][hidden]: what meets the head */
     float *logits;                 /* out, [picked][vocabulary], where the head is packed */
@@ -83,7 +85,7 @@ typedef struct {
 /* What each variant (one compilation of variant.c) offers. */
 typedef struct {
     const char *name;
-    /* All return 0, or -1 where memory is out. One call at a time. */
+    /* All return 0, or -1 where memory is out, step -2 for a position that is not in the tables. One call at a time. */
     int (*linear)(const Matrix *, const float *x, int64_t n, int64_t stride, float *y, int64_t y_stride, int threads);
     int (*step)(const Network *, const Step *, int threads);
     int (*sums)(const Matrix *, const float *x, int32_t *sums, float *scales);

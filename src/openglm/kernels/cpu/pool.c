@@ -6,10 +6,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-/* Rounds of waiting awake. Between two runs: some ten microseconds, then a thread sleeps and leaves its core to others,
- * torch's threads among them. Inside a run: about a millisecond, then it offers its core at every look; or on a machine
+/* Rounds of waiting awake. Between two runs: some ten microseconds, then it offers its core at every look, to torch's threads
+ * among others, for as long as a caller needs from one token to the next; then a thread sleeps, and is slow to wake. Inside a run: about a millisecond, then it offers its core at every look; or on a machine
  * with more work than cores it would keep from running the very thread that it waits for. */
-enum { IDLE_ROUNDS = 2000, BARRIER_ROUNDS = 20000, MOST_THREADS = 256 };
+enum { IDLE_ROUNDS = 2000, OFFER_ROUNDS = 1000, BARRIER_ROUNDS = 20000, MOST_THREADS = 256 };
 
 typedef struct {
     int thread;
@@ -54,6 +54,7 @@ static void *serve(void *argument) {
     Worker *self = argument;
     for (unsigned done = 0;; done++) {
         for (int i = 0; i < IDLE_ROUNDS && atomic_load_explicit(&self->run, memory_order_acquire) == done; i++) pause_core();
+        for (int i = 0; i < OFFER_ROUNDS && atomic_load_explicit(&self->run, memory_order_acquire) == done; i++) sched_yield();
         if (atomic_load_explicit(&self->run, memory_order_acquire) == done) {
             pthread_mutex_lock(&self->lock);
             atomic_store(&self->asleep, 1);

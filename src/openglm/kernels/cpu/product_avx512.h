@@ -146,14 +146,64 @@ static void product_sums(const uint8_t *p, const Matrix *m, const Activations *a
     }
 }
 
-static inline float dot_half(const uint16_t *x, const float *y, int64_t n) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < n; k += 16) {
-        __mmask16 m = n - k < 16 ? (1u << (n - k)) - 1 : 0xffff;
-        __m512 v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + k));
-        sum = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(m, y + k), sum);
+/* Numbers k to k + 16 of n. */
+static inline __m512 halves_at(const uint16_t *x, int64_t k, int64_t n) {
+    if (k + 16 <= n) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x + k)));
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << (n - k)) - 1, x + k));
+}
+
+/* The four sums of 16 numbers each. */
+static inline __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+}
+
+/* Four columns at a time; a column's sum does not depend on the others. */
+#define OWN_HALVES
+static void score_halves(const uint16_t *keys, const uint16_t *then, int64_t count, const float *query, int64_t d, float *scores) {
+    for (int64_t t = 0; t < count; t += 4) {
+        const int64_t last = count - 1 - t < 3 ? count - 1 - t : 3;
+        const uint16_t *x[4];
+        __m512 s[4];
+        for (int i = 0; i < 4; i++) {
+            x[i] = keys + (t + (i < last ? i : last)) * d;
+            s[i] = _mm512_setzero_ps();
+        }
+        fetch(then + t * d, (last + 1) * d);
+        for (int64_t k = 0; k < d; k += 16) {
+            const __m512 q = k + 16 <= d ? _mm512_loadu_ps(query + k) : _mm512_maskz_loadu_ps((1u << (d - k)) - 1, query + k);
+            for (int i = 0; i < 4; i++) s[i] = _mm512_fmadd_ps(halves_at(x[i], k, d), q, s[i]);
+        }
+        float found[4];
+        _mm_storeu_ps(found, four_sums(s[0], s[1], s[2], s[3]));
+        memcpy(scores + t, found, (last + 1) * sizeof *found);
     }
-    return _mm512_reduce_add_ps(sum);
+}
+
+static void add_halves(const uint16_t *values, const uint16_t *then, int64_t count, const float *weights, int64_t d, float *out) {
+    for (int64_t k = 0; k < d; k += 64) { /* sums of 64 numbers stay in registers */
+        float part[64] = {0};
+        const int64_t n = d - k < 64 ? d - k : 64;
+        memcpy(part, out + k, n * sizeof *part);
+        __m512 s[4];
+        for (int i = 0; i < 4; i++) s[i] = _mm512_loadu_ps(part + 16 * i);
+        for (int64_t t = 0; t < count; t++) {
+            const uint16_t *x = values + t * d + k;
+            const __m512 w = _mm512_set1_ps(weights[t]);
+            if (then) fetch(then + t * d + k, n);
+            if (n == 64)
+                for (int i = 0; i < 4; i++) s[i] = _mm512_fmadd_ps(w, halves_at(x, 16 * i, 64), s[i]);
+            else
+                for (int i = 0; 16 * i < n; i++) s[i] = _mm512_fmadd_ps(w, halves_at(x, 16 * i, n), s[i]);
+        }
+        for (int i = 0; i < 4; i++) _mm512_storeu_ps(part + 16 * i, s[i]);
+        memcpy(out + k, part, n * sizeof *part);
+    }
 }
 
 static inline void add_half(float factor, const uint16_t *x, float *y, int64_t n) {

@@ -2,6 +2,8 @@
 
 enum {
     FEW_ROWS = 8,       /* up to these each thread norms and quantizes all rows for itself, which is cheaper than a barrier */
+    AHEAD = 8192,       /* bytes of the next matrix that are fetched while threads meet and norm */
+    FEW_HEADS = 4,      /* heads of a token that a thread takes at a time: it fetches the next while it computes one */
     QUERY_BLOCK = 256,  /* queries that share one copy of the keys */
     WIDTH = 16,         /* floats that are added up side by side */
     PHASES = 10         /* counters of a layer */
@@ -43,14 +45,21 @@ static void prepare(const Pass *job, Rows *own, const float *const *norm, const 
     pool_barrier();
 }
 
+/* Fetch the beginning of what a thread will read first of a matrix; `pair`: panels that are taken together. */
+static inline void fetch_matrix(const Pass *job, const Matrix *m, int64_t pair, int thread) {
+    const int64_t bytes = panel_bytes(m), size = piece_size(panel_count(m) / pair, job->threads) * pair;
+    const uint8_t *from = m->panels + thread * size * bytes, *end = m->panels + panel_count(m) * bytes;
+    for (int64_t k = 0; k < AHEAD && from + k < end; k += 64) __builtin_prefetch(from + k);
+}
+
 /* y [rows][m->rows] = product + bias (+ alpha * skip), all panels of a matrix in pieces. */
 static void all_panels(const Pass *job, const Matrix *m, const Activations *a, int64_t rows, Counter *counter, float *y,
-                       const float *skip) {
+                       const float *skip, int thread) {
     const int64_t panels = panel_count(m), bytes = panel_bytes(m);
     const float alpha = job->net->alpha;
-    int64_t first, end;
+    int64_t first = -1, end;
     float tile[TILE * PANEL];
-    while (next_piece(counter, panels, piece_size(panels, job->threads), &first, &end))
+    while (next_of_mine(counter, panels, piece_size(panels, job->threads), thread, job->threads, &first, &end))
         for (int64_t panel = first; panel < end; panel++) {
             int64_t count, row = panel_row(m, panel, &count);
             for (int64_t b0 = 0; b0 < rows; b0 += TILE) {
@@ -69,11 +78,11 @@ static void all_panels(const Pass *job, const Matrix *m, const Activations *a, i
 }
 
 /* gated [rows][inner] = linear half * gelu(other half): a thread makes both panels of the same rows. */
-static void gated_panels(const Pass *job, const Matrix *m, const Activations *a, Counter *counter) {
+static void gated_panels(const Pass *job, const Matrix *m, const Activations *a, Counter *counter, int thread) {
     const int64_t pairs = panel_count(m) / 2, bytes = panel_bytes(m), inner = half_rows(m);
-    int64_t first, end;
+    int64_t first = -1, end;
     float u[TILE * PANEL], v[TILE * PANEL];
-    while (next_piece(counter, pairs, piece_size(pairs, job->threads), &first, &end))
+    while (next_of_mine(counter, pairs, piece_size(pairs, job->threads), thread, job->threads, &first, &end))
         for (int64_t pair = first; pair < end; pair++) {
             int64_t count, row = panel_row(m, 2 * pair, &count);
             for (int64_t b0 = 0; b0 < job->rows; b0 += TILE) {
@@ -124,7 +133,7 @@ static void enter(const Pass *job, int64_t layer, int64_t row, int64_t head, flo
     const int64_t d = job->net->head_size, hidden = job->net->hidden, token = row % step->tokens;
     const Place *place = &step->places[row / step->tokens];
     const float *qkv = job->qkv + row * 3 * hidden + head * 3 * d;
-    const float *cosines = step->cosines + row * d, *sines = step->sines + row * d;
+    const float *cosines = step->cosines + step->positions[row] * d, *sines = step->sines + step->positions[row] * d;
     const float factor = 1.0f / sqrtf((float)d);
     float key[MOST_HEAD];
     rotate(qkv, cosines, sines, d, query);
@@ -166,22 +175,40 @@ static float soften(float *scores, int64_t n) {
     return sum;
 }
 
-/* Scores of columns that lie one behind the other. */
+#ifndef OWN_HALVES
+/* Scores of columns; what lies at `then` is fetched meanwhile. */
+static void score_halves(const uint16_t *keys, const uint16_t *then, int64_t count, const float *query, int64_t d, float *scores) {
+    for (int64_t t = 0; t < count; t++) {
+        fetch(then + t * d, d);
+        scores[t] = dot_half(keys + t * d, query, d);
+    }
+}
+
+/* out += weights times columns; what lies at `then` is fetched meanwhile, or nothing if it is NULL. */
+static void add_halves(const uint16_t *values, const uint16_t *then, int64_t count, const float *weights, int64_t d, float *out) {
+    for (int64_t t = 0; t < count; t++) {
+        if (then) fetch(then + t * d, d);
+        add_half(weights[t], values + t * d, out, d);
+    }
+}
+#endif
+
+/* Scores of columns that lie one behind the other; their values are fetched meanwhile. */
 static void score_run(const Step *step, int64_t at, int64_t count, const float *query, int64_t d, float *scores) {
     if (step->cache_type == 2) {
         const int8_t *keys = (const int8_t *)step->keys + at * d;
         for (int64_t t = 0; t < count; t++) scores[t] = step->key_scales[at + t] * dot_codes(keys + t * d, query, d);
     } else if (step->cache_type == 1) {
-        const uint16_t *keys = (const uint16_t *)step->keys + at * d;
-        for (int64_t t = 0; t < count; t++) scores[t] = dot_half(keys + t * d, query, d);
+        score_halves((const uint16_t *)step->keys + at * d, (const uint16_t *)step->values + at * d, count, query, d, scores);
     } else {
         const float *keys = (const float *)step->keys + at * d;
         for (int64_t t = 0; t < count; t++) scores[t] = dot(keys + t * d, query, d);
     }
 }
 
-/* out += weights times values of columns that lie one behind the other. */
-static void add_run(const Step *step, int64_t at, int64_t count, const float *weights, int64_t d, float *out) {
+/* out += weights times values of columns that lie one behind the other; with `next`, the keys of the head behind this one are
+ * fetched meanwhile. */
+static void add_run(const Step *step, int64_t at, int64_t count, const float *weights, int64_t d, float *out, int next) {
     if (step->cache_type == 2) {
         const int8_t *values = (const int8_t *)step->values + at * d;
         for (int64_t t = 0; t < count; t++) {
@@ -189,8 +216,8 @@ static void add_run(const Step *step, int64_t at, int64_t count, const float *we
             for (int64_t k = 0; k < d; k++) out[k] += weight * (float)values[t * d + k];
         }
     } else if (step->cache_type == 1) {
-        const uint16_t *values = (const uint16_t *)step->values + at * d;
-        for (int64_t t = 0; t < count; t++) add_half(weights[t], values + t * d, out, d);
+        const uint16_t *keys = (const uint16_t *)step->keys + (at + step->head_stride) * d;
+        add_halves((const uint16_t *)step->values + at * d, next ? keys : NULL, count, weights, d, out);
     } else {
         const float *values = (const float *)step->values + at * d;
         for (int64_t t = 0; t < count; t++)
@@ -199,7 +226,7 @@ static void add_run(const Step *step, int64_t at, int64_t count, const float *we
 }
 
 /* One token of one head, straight from the cache: it sees all before it. What it computes does not depend on other rows. */
-static void attend_one(const Pass *job, int64_t layer, int64_t row, int64_t head, const float *query, float *scores) {
+static void attend_one(const Pass *job, int64_t layer, int64_t row, int64_t head, const float *query, float *scores, int next) {
     const Step *step = job->step;
     const Place *place = &step->places[row / step->tokens];
     const int64_t d = job->net->head_size, token = row % step->tokens, columns = place->length + token + 1;
@@ -211,8 +238,8 @@ static void attend_one(const Pass *job, int64_t layer, int64_t row, int64_t head
     score_run(step, prompt, shared, query, d, scores);
     score_run(step, own, columns - shared, query, d, scores + shared);
     const float sum = soften(scores, columns);
-    add_run(step, prompt, shared, scores, d, out);
-    add_run(step, own, columns - shared, scores + shared, d, out);
+    add_run(step, prompt, shared, scores, d, out, next);
+    add_run(step, own, columns - shared, scores + shared, d, out, next);
     for (int64_t k = 0; k < d; k++) out[k] /= sum;
 }
 
@@ -303,11 +330,13 @@ static void attention(const Pass *job, int64_t layer, Counter *counter, float *s
     const int64_t heads = job->net->heads, tokens = job->step->tokens, d = job->net->head_size;
     int64_t first, end;
     if (tokens == 1) {
-        while (next_piece(counter, job->rows * heads, 1, &first, &end)) {
-            float query[MOST_HEAD];
-            enter(job, layer, first / heads, first % heads, query);
-            attend_one(job, layer, first / heads, first % heads, query, space);
-        }
+        while (next_piece(counter, job->rows * heads, FEW_HEADS, &first, &end))
+            for (int64_t item = first; item < end; item++) {
+                const int64_t row = item / heads, head = item % heads;
+                float query[MOST_HEAD];
+                enter(job, layer, row, head, query);
+                attend_one(job, layer, row, head, query, space, item + 1 < end && head + 1 < heads);
+            }
         return;
     }
     while (next_piece(counter, job->rows, 4, &first, &end))
@@ -321,7 +350,7 @@ static void attention(const Pass *job, int64_t layer, Counter *counter, float *s
     if (!job->prompts) {
         while (next_piece(counter + 1, job->rows * heads, 1, &first, &end)) {
             const float *query = job->qkv + first / heads * 3 * job->net->hidden + first % heads * 3 * d;
-            attend_one(job, layer, first / heads, first % heads, query, space);
+            attend_one(job, layer, first / heads, first % heads, query, space, 0);
         }
         return;
     }
@@ -372,24 +401,29 @@ static void pass_work(void *context, int thread) {
     for (int64_t n = 0; n < net->num_layers; n++, counter += PHASES) {
         const Layer *layer = &net->layers[n];
         prepare(job, own, layer->input_norm, x, hidden, &layer->query_key_value, &own->narrow, counter);
-        all_panels(job, &layer->query_key_value, &own->narrow, rows, counter + 1, job->qkv, NULL);
+        all_panels(job, &layer->query_key_value, &own->narrow, rows, counter + 1, job->qkv, NULL, thread);
         pool_barrier();
+        fetch_matrix(job, &layer->dense, 1, thread);
         attention(job, n, counter + 2, job->space[thread]);
         pool_barrier();
         prepare(job, own, NULL, job->mixed, hidden, &layer->dense, &own->narrow, counter + 4);
-        all_panels(job, &layer->dense, &own->narrow, rows, counter + 5, job->branch, own->normed);
+        all_panels(job, &layer->dense, &own->narrow, rows, counter + 5, job->branch, own->normed, thread);
+        fetch_matrix(job, &layer->h_to_4h, 2, thread);
         pool_barrier();
         prepare(job, own, layer->attention_norm, job->branch, hidden, &layer->h_to_4h, &own->narrow, counter + 6);
-        gated_panels(job, &layer->h_to_4h, &own->narrow, counter + 7);
+        gated_panels(job, &layer->h_to_4h, &own->narrow, counter + 7, thread);
+        fetch_matrix(job, &layer->four_h_to_h, 1, thread);
         pool_barrier();
         prepare(job, own, NULL, job->gated, net->inner, &layer->four_h_to_h, &own->wide, counter + 8);
-        all_panels(job, &layer->four_h_to_h, &own->wide, rows, counter + 9, job->x, own->normed);
+        all_panels(job, &layer->four_h_to_h, &own->wide, rows, counter + 9, job->x, own->normed, thread);
+        const Matrix *next = n + 1 < net->num_layers ? &layer[1].query_key_value : &net->head;
+        if (next->panels) fetch_matrix(job, next, 1, thread);
         pool_barrier();
         x = job->x;
     }
     while (next_piece(counter, step->num_picked, 4, &first, &end))
         for (int64_t i = first; i < end; i++) {
-            const float *from = x + step->picked[i] * hidden;
+            const float *from = x + (step->picked ? step->picked[i] : i) * hidden;
             if (net->ends) layer_norm(from, net->final_norm, hidden, net->epsilon, step->normed + i * hidden);
             else memcpy(step->normed + i * hidden, from, hidden * sizeof *from);
         }
@@ -398,7 +432,7 @@ static void pass_work(void *context, int thread) {
     if (thread == 0)
         for (int64_t i = 0; i < step->num_picked; i++) quantize_row(&net->head, step->normed + i * hidden, hidden, &job->own->of_head, i);
     pool_barrier();
-    all_panels(job, &net->head, &job->own->of_head, step->num_picked, counter + 1, step->logits, NULL);
+    all_panels(job, &net->head, &job->own->of_head, step->num_picked, counter + 1, step->logits, NULL, thread);
 }
 
 static int step(const Network *net, const Step *given, int threads) {
@@ -407,6 +441,8 @@ static int step(const Network *net, const Step *given, int threads) {
     const int copies = rows > FEW_ROWS ? 1 : threads;
     Pass job = {.net = net, .step = given, .threads = threads, .rows = rows};
     int64_t longest = 0;
+    for (int64_t row = 0; row < rows; row++)
+        if (given->positions[row] < 0 || given->positions[row] >= given->num_positions) return -2;
     for (int64_t i = 0; i < given->sequences; i++) longest = given->places[i].length > longest ? given->places[i].length : longest;
     job.prompts = longest == 0 && given->tokens > 1;
     const size_t of_attention = (job.prompts ? block_space(&job) : (size_t)(longest + given->tokens)) * sizeof(float);

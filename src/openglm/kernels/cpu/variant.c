@@ -11,6 +11,11 @@
 #define MOST_HEAD 512    /* the largest head */
 #define SMALLEST 1e-30f /* activations below are 0: the inverse of their scale would overflow */
 
+/* Fetch numbers of 16 bits before they are read. */
+static inline void fetch(const uint16_t *from, int64_t count) {
+    for (int64_t k = 0; k < count; k += 32) __builtin_prefetch(from + k);
+}
+
 /* Integers of 16 bits of a chunk of n <= 128 activations; returns their scale, not a number if one of them is not finite. */
 static inline float chunk_values(const float *x, int64_t n, int32_t *values) {
     float largest = 0, bad = 0;
