@@ -1,0 +1,74 @@
+"""`glm fill` and `glm generate` as a person meets them: seconds of a new process, in INT8 (the default) and in float32.
+
+    python benchmarks/first_answer.py [--rounds 7] [--text FILE ...] [--json FILE]
+
+Both types take turns; figures are medians of the rounds. With texts (JSONL, .zst too) also what INT8 costs: bits per byte of
+all of them in both types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TYPES = {"int8": [], "float32": ["--dtype", "float32"]}
+TASKS = {
+    "fill a blank": ["fill", "The capital of France is [MASK]."],
+    "write 64 tokens": ["generate", "Once upon a time", "--min-tokens", "64", "--max-tokens", "64"],
+}
+
+
+def seconds(words: list[str]) -> float:
+    """Of one command, from its start to its end."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "openglm", *words], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def bits(texts: list[Path], **options: Any) -> float:
+    """Bits per byte of all texts."""
+    import numpy as np
+
+    from openglm import load
+    from openglm.data.readers import read_documents
+    from openglm.training.validation import bits_per_byte, network_losses
+
+    glm = load("nano", **options)
+    assert glm.tokenizer is not None
+    ids = (np.asarray(glm.tokenizer.encode(document.text), dtype=np.int64) for document in read_documents(texts))
+    return bits_per_byte(network_losses(glm.network, glm.engine.device), ids, glm.tokenizer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    found: dict[str, Any] = {"date": str(datetime.date.today()), "rounds": args.rounds, "seconds": {}}
+    for task, words in TASKS.items():
+        times: dict[str, list[float]] = {name: [] for name in TYPES}
+        for number in range(args.rounds + 1):
+            for name, more in TYPES.items():
+                value = seconds([*words, *more])
+                if number:  # the first reads files that were not in memory
+                    times[name].append(value)
+        found["seconds"][task] = {name: round(statistics.median(values), 3) for name, values in times.items()}
+        print(f"{task:16}", "  ".join(f"{name} {value:.2f} s" for name, value in found["seconds"][task].items()), flush=True)
+    if args.text:
+        int8, float32 = bits(args.text, bits=8, head_bits=8), bits(args.text)
+        found["bits_per_byte"] = {"int8": int8, "float32": float32}
+        print(f"bits per byte    int8 {int8:.5f}  float32 {float32:.5f} ({int8 / float32 - 1:+.4%})")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
