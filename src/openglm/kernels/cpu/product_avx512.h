@@ -30,8 +30,13 @@ static inline void quantize_chunk(const float *x, int64_t n, int8_t *bytes, floa
 
 /* The bytes of quad q of some row's chunk, in every lane. */
 #define QUAD(bytes, q) _mm512_set1_epi32(*(const int32_t *)(bytes + 8 * (q)))
-/* Fetch what will be read 4 KB later, the lines of the scales too: with huge pages this doubles the speed of one thread. */
-#define FETCH(p) _mm_prefetch((const char *)(p) + 4096, _MM_HINT_T0)
+/* Fetch what will be read 4 KB later, the lines of the scales too: with huge pages this doubles the speed of one thread. What
+ * one row of activations reads is read once: it need not push everything else out of the caches. */
+#define FETCH(p, count)                                                        \
+    do {                                                                       \
+        if ((count) == 1) _mm_prefetch((const char *)(p) + 4096, _MM_HINT_NTA); \
+        else _mm_prefetch((const char *)(p) + 4096, _MM_HINT_T0);              \
+    } while (0)
 
 /* Sums over one chunk, high << 8 plus low, for TILE or fewer rows of activations: s[row][half of the panel]. */
 static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
@@ -45,8 +50,8 @@ static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
     if (bits == 8) {
         for (int64_t q = 0; q < quads; q++, p += 128) {
             __m512i w0 = _mm512_load_si512(p), w1 = _mm512_load_si512(p + 64);
-            FETCH(p);
-            FETCH(p + 64);
+            FETCH(p, count);
+            FETCH(p + 64, count);
             for (int b = 0; b < count; b++) {
                 __m512i high = QUAD(bytes[b], q), low = QUAD(bytes[b] + 4, q);
                 h0[b] = _mm512_dpbusd_epi32(h0[b], w0, high);
@@ -59,8 +64,8 @@ static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
         const __m512i nibble = _mm512_set1_epi8(15);
         for (int64_t q = 0; q < quads; q += 2, p += 128) {
             __m512i both0 = _mm512_load_si512(p), both1 = _mm512_load_si512(p + 64);
-            FETCH(p);
-            FETCH(p + 64);
+            FETCH(p, count);
+            FETCH(p + 64, count);
             __m512i w0 = _mm512_and_si512(both0, nibble), w1 = _mm512_and_si512(both1, nibble);
             __m512i v0 = _mm512_and_si512(_mm512_srli_epi16(both0, 4), nibble);
             __m512i v1 = _mm512_and_si512(_mm512_srli_epi16(both1, 4), nibble);
@@ -110,7 +115,7 @@ static inline __attribute__((always_inline)) void product_tile(
         }
         __m512 scale0 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)p));
         __m512 scale1 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(p + 32)));
-        FETCH(p);
+        FETCH(p, count);
         p += 2 * PANEL;
         for (int b = 0; b < count; b++) {
             y0[b] = _mm512_fmadd_ps(sum0[b], scale0, y0[b]);
