@@ -4,9 +4,10 @@
     python benchmarks/cpu_decode.py [--models 335m 1.3b] [--threads 2] [--rounds 5] [--json FILE]
 
 Every contestant is a process of its own that waits until it is asked; they are asked in turn, in an order that changes from
-round to round, and figures are medians of the rounds. llama.cpp runs a Llama of the closest shape (same layers, hidden and
-inner width, heads, vocabulary, tied head) with random weights, all matrices and the head in one type: Q4_0 and Q8_0 have
-groups of 32 with float16 scales, as ours have here. Both keep a float16 cache, and the argmax of the logits is in the time.
+round to round. Speeds are medians of the rounds, ratios medians of the rounds' ratios. llama.cpp runs a Llama of the closest
+shape (same layers, hidden and inner width, heads, vocabulary, tied head) with random weights, all matrices and the head in one
+type: Q4_0 and Q8_0 have groups of 32 with float16 scales, as ours have here. Both keep a float16 cache, and the argmax of the
+logits is in the time.
 "Wrong by" is the relative root mean square of the logits behind 16 tokens, against float64 over the very same weights, in
 four layers of the shape.
 Leaner formats and batches have rows of their own.
@@ -391,8 +392,8 @@ class Process:
         self.process.wait()
 
 
-def contest(contestants: dict[str, Process], task: str, rounds: int) -> dict[str, float]:
-    """Medians, after one round that does not count."""
+def contest(contestants: dict[str, Process], task: str, rounds: int) -> dict[str, list[float]]:
+    """What each did in each round, after one that does not count."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(rounds + 1):
@@ -401,7 +402,12 @@ def contest(contestants: dict[str, Process], task: str, rounds: int) -> dict[str
             value = contestants[name].ask(task if name != "bandwidth" else "decode 1")
             if number:
                 found[name].append(value)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found
+
+
+def pairwise(some: list[float], others: list[float]) -> float:
+    """The median of the rounds' ratios: what changes from round to round changes both."""
+    return statistics.median(one / other for one, other in zip(some, others, strict=True))
 
 
 def measure(model: str, threads: int, rounds: int, only: str = "") -> list[dict[str, Any]]:
@@ -419,20 +425,21 @@ def measure(model: str, threads: int, rounds: int, only: str = "") -> list[dict[
         accuracy = {name: contestants[name].ask("accuracy") for name in ("ours", other[0])}
         for task in tasks:
             found = contest(contestants, task, rounds)
+            median = {name: statistics.median(values) for name, values in found.items()}
             row = {
                 "model": model,
                 "ours": title,
                 "against": " ".join(other),
                 "task": task,
-                "ours_tokens_per_second": round(found["ours"], 2),
-                "other_tokens_per_second": round(found[other[0]], 2),
-                "ratio": round(found["ours"] / found[other[0]], 3),
+                "ours_tokens_per_second": round(median["ours"], 2),
+                "other_tokens_per_second": round(median[other[0]], 2),
+                "ratio": round(pairwise(found["ours"], found[other[0]]), 3),
                 "ours_bytes": contestants["ours"].bytes,
                 "other_bytes": contestants[other[0]].bytes,
-                "read_bandwidth": round(found["bandwidth"] / 1e9, 2),
+                "read_bandwidth": round(median["bandwidth"] / 1e9, 2),
             }
             if task == "decode 1":
-                row["of_bandwidth"] = round(found["ours"] * row["ours_bytes"] / found["bandwidth"], 3)
+                row["of_bandwidth"] = round(pairwise(found["ours"], found["bandwidth"]) * row["ours_bytes"], 3)
             row["accuracy"] = accuracy
             rows.append(row)
             print(
