@@ -1,4 +1,7 @@
-"""Layers compiled by torch.compile: what lies between the matrix products becomes a few loops over memory instead of many."""
+"""Layers compiled by torch.compile: what lies between the matrix products becomes a few loops over memory instead of many.
+
+The twin is the layer itself (tests/test_compiled.py ``test_losses_and_gradients_of_any_shape_are_the_same``).
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Both ship with torch. The default (MKL) is tuned for Intel's processors; on an AMD EPYC oneDNN reads the same weights,
 as they lie, 1.3 to 2.4 times faster at few rows and some 10 % faster at thousands (docs/lab-book.md has the tables).
 torch itself takes this road only for half precision or in compiled graphs. The readable twin is
-``torch.nn.functional.linear``, which also serves whatever this path does not: other dtypes and devices.
+``torch.nn.functional.linear``, which also serves whatever this path does not: other dtypes and devices
+(tests/test_onednn.py ``test_products_equal_their_twin``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One call for a whole pass: a token for each sequence, or prompts, through all layers. Its twin is ``GLM130B.forward``."""
+"""One call for a whole pass: a token for each sequence, or prompts, through all layers.
+
+Its twin is ``GLM130B.forward`` (tests/test_cpu_kernels.py ``test_a_pass_is_the_networks_forward``).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Quantized matrices packed for the compiled kernels, and the readable twin of what these compute.
 
 The kernels turn activations into integers of 16 bits, chunk by chunk of columns, and add up integer products: exactly
-``integer_sums``, on every processor. Only the float sum over the chunks differs in its order.
+``integer_sums``, on every processor. Only the float sum over the chunks differs in its order (tests/test_cpu_kernels.py
+``test_products_are_the_twins``, ``test_an_emulated_arm_adds_up_the_same_integers``).
 """
 
 from __future__ import annotations

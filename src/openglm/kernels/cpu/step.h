@@ -1,4 +1,5 @@
-/* A pass through all layers in one call: a token for each sequence, or whole prompts. The readable twin is GLM130B.forward. */
+/* A pass through all layers in one call: a token for each sequence, or whole prompts. The readable twin is GLM130B.forward
+ * (tests/test_cpu_kernels.py test_a_pass_is_the_networks_forward, test_no_bit_depends_on_the_company). */
 
 enum {
     FEW_ROWS = 8,       /* up to these each thread norms and quantizes all rows for itself, which is cheaper than a barrier */

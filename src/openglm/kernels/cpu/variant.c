@@ -1,5 +1,6 @@
 /* Products, attention and the whole decode step, compiled once for each kind of processor (-DVARIANT=avx512 and so on).
- * The readable twins: quantization/functional.py for the products, models/glm130b.py for the step. */
+ * The readable twins: panels.py and quantization/functional.py for the products (tests/test_cpu_kernels.py
+ * test_products_are_the_twins, on every variant), models/glm130b.py for the step (test_a_pass_is_the_networks_forward). */
 #include "panels.h"
 #include "pool.h"
 

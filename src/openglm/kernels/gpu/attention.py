@@ -2,7 +2,8 @@
 
 Programs take stretches of ``COLUMNS`` columns each, so that one row occupies a whole GPU; a second kernel joins what they
 found. The stretches depend on nothing but the columns, so a row's result does not depend on the batch. Twin:
-``scaled_dot_product_attention`` over the columns that a row may see.
+``scaled_dot_product_attention`` over the columns that a row may see (tests/test_gpu_kernels.py
+``test_attention_is_the_twins``).
 """
 
 # Kernels are a language within the language, which type checkers do not know.

@@ -1,8 +1,12 @@
 """What lies between the products, in one kernel each: skip and norm, GeGLU, rotary positions and the write to the cache.
 
 Each reads what a product left, ``[splits, rows, n]``: the parts of its sum, added up in their order (one part of float16 or
-bfloat16 where torch multiplied). Arithmetic is float32 with one rounding at the end; the twins are the lines of
-``models/glm130b.py``. Outputs that the next product reads have their columns dealt out (``products.deal``).
+bfloat16 where torch multiplied). Arithmetic is float32 with one rounding at the end. Outputs that the next product reads have
+their columns dealt out (``products.deal``).
+
+Twins, and tests in tests/test_gpu_kernels.py: ``layer_norm(alpha * skip + branch)`` as a layer of ``models/glm130b.py`` has it
+(``test_norms_are_the_twins``), its GeGLU (``test_geglu_is_the_twins``), its ``rotate``
+(``test_rotary_positions_and_the_write_are_the_twins``).
 """
 
 # Kernels are a language within the language, which type checkers do not know.

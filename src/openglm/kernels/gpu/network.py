@@ -1,4 +1,7 @@
-"""Whole passes through a ``GLM130B`` on one GPU: a token for each row of a batch, or prompts. Twin: ``GLM130B.forward``.
+"""Whole passes through a ``GLM130B`` on one GPU: a token for each row of a batch, or prompts.
+
+Twin: ``GLM130B.forward`` (tests/test_gpu_kernels.py ``test_a_pass_is_the_networks_forward``, ``test_rows_share_a_prompt``,
+``test_the_engine_writes_in_them_as_in_torch``).
 
 A step is some ten kernels a layer, all positions, lengths and places in device memory, so that it is captured once in a CUDA
 graph and then replayed by one call. Prompts go through torch's matrix products and attention instead.

@@ -1,6 +1,8 @@
 """Products of a few rows with a matrix of 4, 8 or 16 bits, and dequantization in tiles for many rows.
 
-The readable twin of both is ``quantization/functional.py``; weights stay packed as a checkpoint has them. What was weighed up:
+The readable twin of both is ``quantization/functional.py``; weights stay packed as a checkpoint has them. Tests, in
+tests/test_gpu_kernels.py: ``test_products_are_the_twins`` (with dequantization), ``test_products_of_plain_matrices``,
+``test_the_assembly_makes_the_twins_codes``, ``test_a_row_does_not_depend_on_the_others``. What was weighed up:
 
 - **Tensor cores, for one row too.** The rows of the batch are padded to 16, which costs nothing while memory is the limit, and
   makes the arithmetic of a row the same whatever stands beside it: same tiles, same order of the sum, no atomics.
