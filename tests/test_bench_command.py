@@ -85,10 +85,13 @@ def test_table_file_and_plot() -> None:
     assert Path("speed.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_random_weights_in_four_bits(tiny: Path) -> None:
-    words = ["bench", str(tiny), "--random", "--bits", "4", "--group", "32", "--head-bits", "8", *SMALL, "--rounds", "1"]
+@pytest.mark.parametrize("random", [["--random"], []])
+def test_weights_in_four_bits(tiny: Path, random: list[str]) -> None:
+    words = ["bench", str(tiny), *random, "--bits", "4", "--group", "32", "--head-bits", "8", *SMALL, "--rounds", "1"]
     found = json.loads(run(*words, "--json").stdout)
-    assert found["model"]["random"] and found["model"]["weights"].startswith("4 bits, groups of 32, head in 8 bits")
+    assert found["model"]["random"] == bool(random) and found["model"]["weights"].startswith(
+        "4 bits, groups of 32, head in 8 bits"
+    )
     assert (found["machine"]["kernels"] is not None) == (library() is not None)
     assert all(math.isfinite(n) and n > 0 for n in numbers(found["rows"]))
 
@@ -136,7 +139,8 @@ def test_bad_input() -> None:
         (["335m"], "add --random"),
         (["nanno"], "did you mean `nano`"),
         (["nano", "--random", "--bits", "3"], "8 or 4 bits, not 3"),
-        (["nano", "--bits", "4"], "add --random"),
+        (["nano", "--bits", "3"], "8 or 4 bits, not 3"),
+        (["nano", "--head-bits", "8"], "need `--bits`"),
         (["nano", "--random", "--group", "64"], "need `--bits`"),
         (["nano", "--batch", "0"], "`--batch` takes whole numbers of at least 1"),
         (["nano", "--batch", "1,two"], "not `1,two`"),

@@ -52,7 +52,9 @@ def bench(
         ),
     ] = "nano",
     random: Annotated[bool, _Option("--random", help="Random weights in the shape of MODEL, made on the device.")] = False,
-    bits: Annotated[int | None, _Option(metavar="N", help="With --random: matrices in 8 or 4 bits.")] = None,
+    bits: Annotated[
+        int | None, _Option(metavar="N", help="Matrices in 8 or 4 bits, of a plain model as they are read.")
+    ] = None,
     group: Annotated[int | None, _Option(metavar="N", help="With --bits: columns a scale; else a row.")] = None,
     head_bits: Annotated[int | None, _Option(metavar="N", help="With --bits: of embedding and head.")] = None,
     dtype: Annotated[
@@ -106,7 +108,8 @@ def bench(
         if random:
             engine, notes, seconds = random_engine(config, resolve_dtype(dtype or "float16"), place)
         else:
-            engine, notes, seconds = load_engine(model_folder(model), dtype, place)
+            scheme = None if bits is None else config.quantization
+            engine, notes, seconds = load_engine(model_folder(model), dtype, place, scheme)
         for note in notes:
             console.note(f"note: {note}")
         bar.label = "measuring"
@@ -166,19 +169,15 @@ def _numbers(name: str, text: str) -> list[int]:
 
 def _config(model: str, random: bool, bits: int | None, group: int | None, head_bits: int | None) -> ModelConfig:
     """The shape and the scheme of what is to be measured."""
-    if not random:
-        if (bits, group, head_bits) != (None, None, None):
-            raise InputError(
-                "`--bits`, `--group` and `--head-bits` shape random weights",
-                hint="add --random, or `glm quantize` the model first",
-            )
+    if random:
+        config = model_config(model)
+    else:
         if model in PRESETS and model not in bundled_models() and existing_path(model) is None:
             raise InputError(f"`{model}` is a shape without weights", hint="add --random", key="model")
         folder = model_folder(model)
         from openglm.checkpoints import open_model
 
-        return open_model(folder).config
-    config = model_config(model)
+        config = open_model(folder).config
     if bits is None:
         if group is not None or head_bits is not None:
             raise InputError("`--group` and `--head-bits` need `--bits`", key="bits")
