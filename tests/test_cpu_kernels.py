@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -101,15 +102,15 @@ def test_rows_come_back_from_panels() -> None:
         PanelMatrix(75, 128, 8, None).pack(0, torch.zeros(40, 128, dtype=torch.int8), torch.zeros(40, 1, dtype=torch.float16))
 
 
-def network_of(scheme: Scheme) -> tuple[GLM130B, GLM130B]:
+def network_of(scheme: Scheme, config: ModelConfig = CONFIG) -> tuple[GLM130B, GLM130B]:
     """A quantized network for the kernels, and a plain one in float64 with the very same weights."""
-    network = GLM130B(CONFIG).initialize(3)
+    network = GLM130B(config).initialize(3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1, generator=generator)
-    plain = GLM130B(CONFIG).double()
+    plain = GLM130B(config).double()
     plain.load_state_dict(network.state_dict())
     quantize(network, scheme)
     with torch.no_grad():
@@ -125,19 +126,32 @@ def network_of(scheme: Scheme) -> tuple[GLM130B, GLM130B]:
 @pytest.mark.parametrize("scheme", [Scheme(8, 32), Scheme(4, 32, head_bits=8), Scheme(4), Scheme(8, head_bits=4)], ids=str)
 def test_a_pass_is_the_networks_forward(monkeypatch, variant: str, scheme: Scheme) -> None:
     monkeypatch.setenv(VARIANT, variant)
-    network, plain = network_of(scheme)
+    check_pass(scheme, CONFIG)
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("heads", [16, 6, 1], ids=lambda heads: f"of {96 // heads}")
+def test_heads_of_any_size(monkeypatch, variant: str, heads: int) -> None:
+    monkeypatch.setenv(VARIANT, variant)
+    check_pass(Scheme(8, 32), dataclasses.replace(CONFIG, hidden_size=96, num_attention_heads=heads))
+
+
+def check_pass(scheme: Scheme, config: ModelConfig) -> None:
+    """A prompt and steps of some sequences in the kernels and in float64."""
+    network, plain = network_of(scheme, config)
     assert use_panels(network) == ""
     run = Pass(network)
     assert Pass.serves(network) and run.has_head == (scheme.head_bits is not None)
     generator = torch.Generator().manual_seed(0)
     for rows, threads, dtype in ((1, 1, torch.float32), (5, 2, torch.float32), (3, 3, torch.float16), (3, 1, torch.int8)):
-        tokens = torch.randint(0, CONFIG.vocab_size, (rows, 22), generator=generator)
+        tokens = torch.randint(0, config.vocab_size, (rows, 22), generator=generator)
         positions = torch.arange(22) + torch.arange(rows)[:, None]
         mask = torch.ones(rows, 22, 22, dtype=torch.bool).tril()
         mask[:, :6, :6] = True  # part A
         mask[1:2, 8:16, 1:3] = False  # one row of a prompt sees less
         wanted = plain(tokens, positions, mask)
-        pool = ColumnPool(CONFIG, 22 * rows + 5, dtype=dtype)
+        pool = ColumnPool(config, 22 * rows + 5, dtype=dtype)
         hole = pool.take(5)
         runs = [(pool.take(16), pool.take(6)) for _ in range(rows)]
         pool.give_back(hole)
@@ -280,6 +294,31 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on memory")
+def test_fewer_threads_than_asked_for_do_all_the_work() -> None:
+    script = """
+import resource, torch
+from test_cpu_kernels import CONFIG, ColumnPool, Pass, Place, Scheme, network_of, use_panels
+network, _ = network_of(Scheme(8, head_bits=8))
+use_panels(network)
+run, found = Pass(network), []
+for threads in (1, 3):
+    run.threads, pool = threads, ColumnPool(CONFIG, 8, dtype=torch.float16)
+    whole = pool.take(8)
+    if threads == 3:  # no room for the stack of another thread
+        held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + 4_000_000,) * 2)
+    place = Place(whole, whole, 8, 0)
+    found.append(run(torch.tensor([[5, 6, 7]]), torch.arange(3)[None], pool, [place], [3]))
+    place.length = 3
+    found.append(run(torch.tensor([[8]]), torch.tensor([[3]]), pool, [place], [1]))
+assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60, env=environment)
 
 
 @needs_kernels

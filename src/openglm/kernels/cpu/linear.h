@@ -49,9 +49,9 @@ static inline int next_piece(Counter *counter, int64_t total, int64_t size, int6
 
 /* The same, but each thread begins with the piece of its own number, so that it can fetch what it will read first; *first < 0
  * begins. */
-static inline int next_of_mine(Counter *counter, int64_t total, int64_t size, int thread, int threads, int64_t *first, int64_t *end) {
+static inline int next_of_mine(Counter *counter, int64_t total, int64_t size, int thread, int64_t *first, int64_t *end) {
     if (*first < 0) *first = thread * size;
-    else *first = threads * size + atomic_fetch_add_explicit(&counter->next, size, memory_order_relaxed);
+    else *first = pool_threads() * size + atomic_fetch_add_explicit(&counter->next, size, memory_order_relaxed);
     *end = *first + size < total ? *first + size : total;
     return *first < total;
 }

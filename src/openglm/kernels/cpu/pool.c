@@ -36,6 +36,8 @@ static inline void pause_core(void) {
 #endif
 }
 
+int pool_threads(void) { return threads; }
+
 void pool_barrier(void) {
     if (threads == 1) return;
     unsigned before = atomic_load_explicit(&barrier, memory_order_relaxed);

@@ -60,7 +60,7 @@ static void all_panels(const Pass *job, const Matrix *m, const Activations *a, i
     const float alpha = job->net->alpha;
     int64_t first = -1, end;
     float tile[TILE * PANEL];
-    while (next_of_mine(counter, panels, piece_size(panels, job->threads), thread, job->threads, &first, &end))
+    while (next_of_mine(counter, panels, piece_size(panels, job->threads), thread, &first, &end))
         for (int64_t panel = first; panel < end; panel++) {
             int64_t count, row = panel_row(m, panel, &count);
             for (int64_t b0 = 0; b0 < rows; b0 += TILE) {
@@ -83,7 +83,7 @@ static void gated_panels(const Pass *job, const Matrix *m, const Activations *a,
     const int64_t pairs = panel_count(m) / 2, bytes = panel_bytes(m), inner = half_rows(m);
     int64_t first = -1, end;
     float u[TILE * PANEL], v[TILE * PANEL];
-    while (next_of_mine(counter, pairs, piece_size(pairs, job->threads), thread, job->threads, &first, &end))
+    while (next_of_mine(counter, pairs, piece_size(pairs, job->threads), thread, &first, &end))
         for (int64_t pair = first; pair < end; pair++) {
             int64_t count, row = panel_row(m, 2 * pair, &count);
             for (int64_t b0 = 0; b0 < job->rows; b0 += TILE) {
