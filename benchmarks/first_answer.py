@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-TYPES = {"int8": [], "float32": ["--dtype", "float32"]}
+TYPES = {"int8": ["--bits", "8", "--head-bits", "8"], "float32": ["--dtype", "float32"]}
 TASKS = {
     "fill a blank": ["fill", "The capital of France is [MASK]."],
     "write 64 tokens": ["generate", "Once upon a time", "--min-tokens", "64", "--max-tokens", "64"],
@@ -28,7 +28,7 @@ TASKS = {
 def seconds(words: list[str]) -> float:
     """Of one command, from its start to its end."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "openglm", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "openglm", *words, "--device", "cpu"], check=True, capture_output=True)
     return time.perf_counter() - start
 
 
@@ -40,7 +40,7 @@ def bits(texts: list[Path], **options: Any) -> float:
     from openglm.data.readers import read_documents
     from openglm.training.validation import bits_per_byte, network_losses
 
-    glm = load("nano", **options)
+    glm = load("nano", device="cpu", **options)
     assert glm.tokenizer is not None
     ids = (np.asarray(glm.tokenizer.encode(document.text), dtype=np.int64) for document in read_documents(texts))
     return bits_per_byte(network_losses(glm.network, glm.engine.device), ids, glm.tokenizer)

@@ -24,13 +24,17 @@ def test_a_bundled_model_answers_in_int8_unless_another_type_is_asked_for(tiny: 
     from openglm.cli.answering import Request
     from openglm.kernels.cpu import library
 
-    scheme = None if library.why_not() else QuantizationScheme(8, head_bits=8)
-    assert Request("fill", "nano").glm.config.quantization == scheme
-    assert Request("fill", "nano", loading={"dtype": "float32"}).glm.config.quantization is None
-    assert Request("fill", "nano", loading={"bits": 4}).glm.config.quantization == QuantizationScheme(4)
-    assert Request("fill", str(tiny)).glm.config.quantization is None
-    monkeypatch.setenv(library.VARIANT, "none")
-    assert Request("fill", "nano").glm.config.quantization is None
+    def scheme(model: str, **loading) -> QuantizationScheme | None:
+        return Request("fill", model, loading={"device": "cpu", **loading}).glm.config.quantization
+
+    fast = library.variant() not in (None, "portable")
+    assert scheme("nano") == (QuantizationScheme(8, head_bits=8) if fast else None)
+    assert scheme("nano", dtype="float32") is None and scheme(str(tiny)) is None
+    assert scheme("nano", bits=4) == QuantizationScheme(4)
+    assert scheme("nano", cache_dtype="bfloat16") is None
+    for variant in ("none", "portable") if fast else ("none",):
+        monkeypatch.setenv(library.VARIANT, variant)
+        assert scheme("nano") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ Bits = Annotated[
     int | None,
     typer.Option(
         metavar="8|4",
-        help="Quantize the layers as they are read; a bundled model on a CPU: 8, unless a --dtype is given.",
+        help="Quantize the layers as they are read; a bundled model on a CPU is in 8, unless a --dtype is given.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -91,7 +91,8 @@ class Engine:
         allowed = [torch.float32, torch.float16, torch.int8] + ([torch.bfloat16] if self.kernel is None else [])
         if found not in allowed:
             names = ", ".join(str(own).removeprefix("torch.") for own in allowed)
-            raise InputError(f"the cache is kept in {names}, not in {dtype}", key="cache_dtype")
+            hint = "the compiled kernels of quantized layers know no others" if found == torch.bfloat16 else None
+            raise InputError(f"the cache is kept in {names}, not in {dtype}", hint=hint, key="cache_dtype")
         self.cache_dtype = found
         if self.uses_triton and found != self.dtype:
             self.notes.append("the GPU kernels keep a cache in the network's type, so the network runs in plain PyTorch")

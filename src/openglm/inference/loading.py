@@ -165,7 +165,7 @@ def _refuse_too_large(
 ) -> None:
     """Say so before anything is read, if the weights alone are more than there is memory."""
     stored, name = _dtype_names(source, dtype)
-    if place.type == "cpu" and name == stored and ranks == 1:
+    if place.type == "cpu" and name == stored and ranks == 1 and config.quantization is None:
         return  # memory-mapped: the system reads what is needed
     memory = _memory(place)
     if place.type == "cpu":

@@ -167,6 +167,11 @@ def read_bandwidth(size: int = 1 << 30, threads: int = 1, rounds: int = 3) -> fl
     return size / min(times)
 
 
+def variant() -> str | None:
+    """Name of the kind of kernels in use, or None without compiled kernels."""
+    return None if library() is None else os.environ.get(VARIANT) or variants()[0]
+
+
 def why_not() -> str:
     """One line that says why there are no compiled kernels; empty if there are."""
     if library() is not None:

@@ -38,6 +38,7 @@ typedef struct {
     int32_t *offsets; /* [rows][columns / chunk][2]: what the offset of the codes adds, negated */
     int64_t columns;
     int32_t chunk;
+    int32_t past;     /* the weights are far larger than the caches: fetch them past these */
 } Activations;
 
 typedef struct {

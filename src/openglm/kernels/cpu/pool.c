@@ -6,9 +6,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-/* Rounds of waiting awake. Between two runs: some ten microseconds, then it offers its core at every look, to torch's threads
- * among others, for as long as a caller needs from one token to the next; then a thread sleeps, and is slow to wake. Inside a run: about a millisecond, then it offers its core at every look; or on a machine
- * with more work than cores it would keep from running the very thread that it waits for. */
+/* Rounds of waiting awake. Between two runs: some ten microseconds, then a thread offers its core at every look, to torch's
+ * threads among others, for about as long as a caller needs from one token to the next; then it sleeps, and is slow to wake.
+ * Inside a run: about a millisecond, then it offers its core at every look; or on a machine with more work than cores it
+ * would keep from running the very thread that it waits for. */
 enum { IDLE_ROUNDS = 2000, OFFER_ROUNDS = 1000, BARRIER_ROUNDS = 20000, MOST_THREADS = 256 };
 
 typedef struct {
@@ -39,9 +40,10 @@ static inline void pause_core(void) {
 int pool_threads(void) { return threads; }
 
 void pool_barrier(void) {
-    if (threads == 1) return;
+    const int all = threads; /* once: the last one to come may begin another run, of other threads */
+    if (all == 1) return;
     unsigned before = atomic_load_explicit(&barrier, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&arrived, 1, memory_order_acq_rel) == threads - 1) {
+    if (atomic_fetch_add_explicit(&arrived, 1, memory_order_acq_rel) == all - 1) {
         atomic_store_explicit(&arrived, 0, memory_order_relaxed);
         atomic_store_explicit(&barrier, before + 1, memory_order_release);
         return;

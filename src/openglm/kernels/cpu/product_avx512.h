@@ -31,16 +31,16 @@ static inline void quantize_chunk(const float *x, int64_t n, int8_t *bytes, floa
 /* The bytes of quad q of some row's chunk, in every lane. */
 #define QUAD(bytes, q) _mm512_set1_epi32(*(const int32_t *)(bytes + 8 * (q)))
 /* Fetch what will be read 4 KB later, the lines of the scales too: with huge pages this doubles the speed of one thread. What
- * one row of activations reads is read once: it need not push everything else out of the caches. */
-#define FETCH(p, count)                                                        \
-    do {                                                                       \
-        if ((count) == 1) _mm_prefetch((const char *)(p) + 4096, _MM_HINT_NTA); \
-        else _mm_prefetch((const char *)(p) + 4096, _MM_HINT_T0);              \
+ * is read once, and too large to be kept, need not push everything else out of the caches. */
+#define FETCH(p, past)                                                     \
+    do {                                                                   \
+        if (past) _mm_prefetch((const char *)(p) + 4096, _MM_HINT_NTA);    \
+        else _mm_prefetch((const char *)(p) + 4096, _MM_HINT_T0);          \
     } while (0)
 
 /* Sums over one chunk, high << 8 plus low, for TILE or fewer rows of activations: s[row][half of the panel]. */
 static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
-    const uint8_t *p, const int count, const int bits, int64_t quads, const int8_t *const *bytes, const int32_t *const *offsets,
+    const uint8_t *p, const int count, const int bits, const int past, int64_t quads, const int8_t *const *bytes, const int32_t *const *offsets,
     __m512i (*s)[2]) {
     __m512i h0[TILE], h1[TILE], l0[TILE], l1[TILE];
     for (int b = 0; b < count; b++) {
@@ -50,8 +50,8 @@ static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
     if (bits == 8) {
         for (int64_t q = 0; q < quads; q++, p += 128) {
             __m512i w0 = _mm512_load_si512(p), w1 = _mm512_load_si512(p + 64);
-            FETCH(p, count);
-            FETCH(p + 64, count);
+            FETCH(p, past);
+            FETCH(p + 64, past);
             for (int b = 0; b < count; b++) {
                 __m512i high = QUAD(bytes[b], q), low = QUAD(bytes[b] + 4, q);
                 h0[b] = _mm512_dpbusd_epi32(h0[b], w0, high);
@@ -64,8 +64,8 @@ static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
         const __m512i nibble = _mm512_set1_epi8(15);
         for (int64_t q = 0; q < quads; q += 2, p += 128) {
             __m512i both0 = _mm512_load_si512(p), both1 = _mm512_load_si512(p + 64);
-            FETCH(p, count);
-            FETCH(p + 64, count);
+            FETCH(p, past);
+            FETCH(p + 64, past);
             __m512i w0 = _mm512_and_si512(both0, nibble), w1 = _mm512_and_si512(both1, nibble);
             __m512i v0 = _mm512_and_si512(_mm512_srli_epi16(both0, 4), nibble);
             __m512i v1 = _mm512_and_si512(_mm512_srli_epi16(both1, 4), nibble);
@@ -87,7 +87,8 @@ static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
 }
 
 static inline __attribute__((always_inline)) void product_tile(
-    const uint8_t *p, const Matrix *m, const Activations *a, int64_t first, const int count, const int bits, float *y) {
+    const uint8_t *p, const Matrix *m, const Activations *a, int64_t first, const int count, const int bits, const int past,
+    float *y) {
     const int64_t chunks = m->columns / m->chunk, of_group = m->group / m->chunk;
     const int8_t *bytes[TILE];
     const int32_t *offsets[TILE];
@@ -104,7 +105,7 @@ static inline __attribute__((always_inline)) void product_tile(
         for (int b = 0; b < count; b++) sum0[b] = sum1[b] = _mm512_setzero_ps();
         for (int64_t i = 0; i < of_group; i++) {
             __m512i s[TILE][2];
-            p = chunk_sums(p, count, bits, m->chunk / 4, bytes, offsets, s);
+            p = chunk_sums(p, count, bits, past, m->chunk / 4, bytes, offsets, s);
             for (int b = 0; b < count; b++) {
                 __m512 own = _mm512_set1_ps(scales[b][c + i]);
                 sum0[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[b][0]), own, sum0[b]);
@@ -115,7 +116,7 @@ static inline __attribute__((always_inline)) void product_tile(
         }
         __m512 scale0 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)p));
         __m512 scale1 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(p + 32)));
-        FETCH(p, count);
+        FETCH(p, past);
         p += 2 * PANEL;
         for (int b = 0; b < count; b++) {
             y0[b] = _mm512_fmadd_ps(sum0[b], scale0, y0[b]);
@@ -130,9 +131,14 @@ static inline __attribute__((always_inline)) void product_tile(
 
 /* y [count][32] = one panel times the rows first .. first + count of the activations; count is at most TILE. */
 static void product(const uint8_t *p, const Matrix *m, const Activations *a, int64_t first, int count, float *y) {
-#define CASE(n) \
-    case n: if (m->bits == 8) product_tile(p, m, a, first, n, 8, y); else product_tile(p, m, a, first, n, 4, y); return;
-    switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#define CASE(n, past) \
+    case n: \
+        if (m->bits == 8) product_tile(p, m, a, first, n, 8, past, y); \
+        else product_tile(p, m, a, first, n, 4, past, y); \
+        return;
+    if (a->past)
+        switch (count) { CASE(1, 1) }
+    switch (count) { CASE(1, 0) CASE(2, 0) CASE(3, 0) CASE(4, 0) }
 #undef CASE
 }
 
@@ -141,8 +147,8 @@ static void product_sums(const uint8_t *p, const Matrix *m, const Activations *a
     const int32_t *offsets[1] = {a->offsets};
     for (int64_t c = 0; c < m->columns / m->chunk; c++, sums += PANEL) {
         __m512i s[1][2];
-        if (m->bits == 8) p = chunk_sums(p, 1, 8, m->chunk / 4, bytes, offsets, s);
-        else p = chunk_sums(p, 1, 4, m->chunk / 4, bytes, offsets, s);
+        if (m->bits == 8) p = chunk_sums(p, 1, 8, 0, m->chunk / 4, bytes, offsets, s);
+        else p = chunk_sums(p, 1, 4, 0, m->chunk / 4, bytes, offsets, s);
         if ((c + 1) * m->chunk % m->group == 0) p += 2 * PANEL;
         _mm512_storeu_si512(sums, s[0][0]);
         _mm512_storeu_si512(sums + 16, s[0][1]);
@@ -170,7 +176,8 @@ static inline __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 /* Four columns at a time; a column's sum does not depend on the others. */
 #define OWN_HALVES
-static void score_halves(const uint16_t *keys, const uint16_t *then, int64_t count, const float *query, int64_t d, float *scores) {
+static void score_halves(const uint16_t *keys, const uint16_t *then, int64_t count, const float *query, int64_t d,
+                         float *scores) {
     for (int64_t t = 0; t < count; t += 4) {
         const int64_t last = count - 1 - t < 3 ? count - 1 - t : 3;
         const uint16_t *x[4];
@@ -190,7 +197,8 @@ static void score_halves(const uint16_t *keys, const uint16_t *then, int64_t cou
     }
 }
 
-static void add_halves(const uint16_t *values, const uint16_t *then, int64_t count, const float *weights, int64_t d, float *out) {
+static void add_halves(const uint16_t *values, const uint16_t *then, int64_t count, const float *weights, int64_t d,
+                       float *out) {
     for (int64_t k = 0; k < d; k += 64) { /* sums of 64 numbers stay in registers */
         float part[64] = {0};
         const int64_t n = d - k < 64 ? d - k : 64;

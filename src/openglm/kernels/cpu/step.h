@@ -3,6 +3,7 @@
 
 enum {
     FEW_ROWS = 8,       /* up to these each thread norms and quantizes all rows for itself, which is cheaper than a barrier */
+    KEPT = 32 << 20,    /* bytes of weights that caches may keep from one pass to the next */
     AHEAD = 8192,       /* bytes of the next matrix that are fetched while threads meet and norm */
     FEW_HEADS = 4,      /* heads of a token that a thread takes at a time: it fetches the next while it computes one */
     QUERY_BLOCK = 256,  /* queries that share one copy of the keys */
@@ -178,7 +179,8 @@ static float soften(float *scores, int64_t n) {
 
 #ifndef OWN_HALVES
 /* Scores of columns; what lies at `then` is fetched meanwhile. */
-static void score_halves(const uint16_t *keys, const uint16_t *then, int64_t count, const float *query, int64_t d, float *scores) {
+static void score_halves(const uint16_t *keys, const uint16_t *then, int64_t count, const float *query, int64_t d,
+                         float *scores) {
     for (int64_t t = 0; t < count; t++) {
         fetch(then + t * d, d);
         scores[t] = dot_half(keys + t * d, query, d);
@@ -186,7 +188,8 @@ static void score_halves(const uint16_t *keys, const uint16_t *then, int64_t cou
 }
 
 /* out += weights times columns; what lies at `then` is fetched meanwhile, or nothing if it is NULL. */
-static void add_halves(const uint16_t *values, const uint16_t *then, int64_t count, const float *weights, int64_t d, float *out) {
+static void add_halves(const uint16_t *values, const uint16_t *then, int64_t count, const float *weights, int64_t d,
+                       float *out) {
     for (int64_t t = 0; t < count; t++) {
         if (then) fetch(then + t * d, d);
         add_half(weights[t], values + t * d, out, d);
@@ -331,7 +334,8 @@ static void attention(const Pass *job, int64_t layer, Counter *counter, float *s
     const int64_t heads = job->net->heads, tokens = job->step->tokens, d = job->net->head_size;
     int64_t first, end;
     if (tokens == 1) {
-        while (next_piece(counter, job->rows * heads, FEW_HEADS, &first, &end))
+        const int64_t fair = job->rows * heads / (2 * job->threads), few = fair < 1 ? 1 : fair > FEW_HEADS ? FEW_HEADS : fair;
+        while (next_piece(counter, job->rows * heads, few, &first, &end))
             for (int64_t item = first; item < end; item++) {
                 const int64_t row = item / heads, head = item % heads;
                 float query[MOST_HEAD];
@@ -450,6 +454,10 @@ static int step(const Network *net, const Step *given, int threads) {
     size_t shared = (size_t)rows * (6 * hidden + net->inner) * 4 + count * sizeof(Counter) + threads * (sizeof(Rows) + 8) + 12 * 64;
     size_t own = (size_t)rows * hidden * 4 + 64 + activation_bytes(&layer->query_key_value, rows) +
                  activation_bytes(&layer->four_h_to_h, rows) + (net->head.panels ? activation_bytes(&net->head, given->num_picked) : 0);
+    const Matrix *of_layer[] = {&layer->query_key_value, &layer->dense, &layer->h_to_4h, &layer->four_h_to_h};
+    int64_t bytes = 0;
+    for (int i = 0; i < 4; i++) bytes += net->num_layers * panel_count(of_layer[i]) * panel_bytes(of_layer[i]);
+    const int past = bytes > KEPT;
     Space space = space_of(shared + copies * own + threads * (of_attention + 64));
     if (!space.at || net->head_size > MOST_HEAD) return -1;
     job.counters = take(&space, count * sizeof(Counter));
@@ -472,6 +480,7 @@ static int step(const Network *net, const Step *given, int threads) {
         each->narrow = take_activations(&space, &layer->query_key_value, rows);
         each->wide = take_activations(&space, &layer->four_h_to_h, rows);
         if (net->head.panels && i == 0) each->of_head = take_activations(&space, &net->head, given->num_picked);
+        each->narrow.past = each->wide.past = each->of_head.past = past;
     }
     pool_run(pass_work, &job, threads);
     return 0;
