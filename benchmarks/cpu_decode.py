@@ -439,7 +439,7 @@ def measure(model: str, threads: int, rounds: int, only: str = "") -> list[dict[
                 "read_bandwidth": round(median["bandwidth"] / 1e9, 2),
             }
             if task == "decode 1":
-                row["of_bandwidth"] = round(pairwise(found["ours"], found["bandwidth"]) * row["ours_bytes"], 3)
+                row["of_bandwidth"] = round(median["ours"] * row["ours_bytes"] / median["bandwidth"], 3)
             row["accuracy"] = accuracy
             rows.append(row)
             print(
