@@ -1,6 +1,6 @@
 """`glm fill` and `glm generate` as a person meets them: seconds of a new process, in INT8 (the default) and in float32.
 
-    python benchmarks/first_answer.py [--rounds 7] [--text FILE ...] [--json FILE]
+    python benchmarks/first_answer.py [--rounds 7] [--text FILE ...] [--machine WORDS] [--json FILE]
 
 Both types take turns; figures are medians of the rounds. With texts (JSONL, .zst too) also what INT8 costs: bits per byte of
 all of them in both types.
@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from openglm.bundled import find_model
 
 TYPES = {"int8": ["--bits", "8", "--head-bits", "8"], "float32": ["--dtype", "float32"]}
 TASKS = {
@@ -30,6 +34,12 @@ def seconds(words: list[str]) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "openglm", *words, "--device", "cpu"], check=True, capture_output=True)
     return time.perf_counter() - start
+
+
+def weights_sha256() -> str:
+    """Of the bundled model's weights: which snapshot of the training was measured."""
+    files = json.loads((find_model("nano") / "checksums.json").read_text(encoding="utf-8"))["files"]
+    return next(file["sha256"] for name, file in files.items() if name.endswith(".safetensors"))
 
 
 def bits(texts: list[Path], **options: Any) -> float:
@@ -50,9 +60,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    found: dict[str, Any] = {"date": str(datetime.date.today()), "rounds": args.rounds, "seconds": {}}
+    found: dict[str, Any] = {
+        "date": str(datetime.date.today()),
+        "command": " ".join(["python", *sys.argv]),
+        "machine": args.machine or f"{platform.machine()}, {os.cpu_count()} cores",
+        "model": f"nano, sha256 of its weights {weights_sha256()[:12]}",
+        "rounds": args.rounds,
+        "seconds": {},
+    }
     for task, words in TASKS.items():
         times: dict[str, list[float]] = {name: [] for name in TYPES}
         for number in range(args.rounds + 1):

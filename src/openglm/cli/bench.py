@@ -108,8 +108,8 @@ def bench(
         if random:
             engine, notes, seconds = random_engine(config, resolve_dtype(dtype or "float16"), place)
         else:
-            scheme = None if bits is None else config.quantization
-            engine, notes, seconds = load_engine(model_folder(model), dtype, place, scheme)
+            options = {"dtype": dtype, "bits": bits, "group": group, "head_bits": head_bits}
+            engine, notes, seconds = load_engine(model_folder(model), place, **options)
         for note in notes:
             console.note(f"note: {note}")
         bar.label = "measuring"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from openglm.config import ModelConfig, QuantizationScheme
+from openglm.config import ModelConfig
 from openglm.errors import InputError
 from openglm.evaluation.ceilings import peak_memory, product_rate, read_rate, synchronize
 from openglm.inference.engine import Engine
@@ -142,19 +142,16 @@ class Speed:
 # The model
 
 
-def load_engine(
-    model: Path, dtype: str | None, device: torch.device, scheme: QuantizationScheme | None = None
-) -> tuple[Engine, list[str], float]:
+def load_engine(model: Path, device: torch.device, **options: Any) -> tuple[Engine, list[str], float]:
     """A model ready to run, what is to be said of it, and the seconds that loading it took, until every weight was read.
 
-    scheme: of a plain model that is quantized as it is read.
+    options: of ``openglm.load``: dtype, bits, group, head_bits.
 
     Imports are not in that time, nor is the start of a GPU. Files that the system holds in memory load faster than others.
     """
     torch.empty(0, device=device)
     began = time.perf_counter()
-    bits, group, head_bits = (scheme.bits, scheme.group, scheme.head_bits) if scheme is not None else (None, None, None)
-    glm = load(model, dtype=dtype, device=device, bits=bits, group=group, head_bits=head_bits)
+    glm = load(model, device=device, **options)
     for tensor in [*glm.network.parameters(), *glm.network.buffers()]:
         if tensor.device.type == "cpu":  # perhaps only mapped so far: one number of each page brings it in
             tensor.detach().flatten()[:: PAGE // tensor.itemsize].sum()

@@ -101,7 +101,8 @@ EXPORT void glm_free(void *at, size_t size) {
 
 /* Codes int8 [count][columns] of the rows of one panel, and their scales float16 [count][groups], into its bytes.
  * m->columns may be more than `columns`: codes of 0 fill the rest, as they fill the rows that do not exist. */
-static void pack_panel(const Matrix *m, const int8_t *codes, int64_t columns, const uint16_t *scales, int64_t count, uint8_t *out) {
+static void pack_panel(
+    const Matrix *m, const int8_t *codes, int64_t columns, const uint16_t *scales, int64_t count, uint8_t *out) {
     const int64_t group = m->group, groups = m->columns / group;
     const int offset = m->bits == 8 ? 128 : 8;
     for (int64_t g = 0; g < groups; g++) {

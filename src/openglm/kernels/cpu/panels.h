@@ -75,7 +75,7 @@ typedef struct {
     float *key_scales, *value_scales; /* [layers][heads][columns], for 8 bits */
     int64_t layer_stride, head_stride;
     int64_t cache_type;            /* 0 float32, 1 float16, 2 codes of 8 bits */
-    const uint8_t *visible;        /* [rows][visible_stride] over a prompt's columns; NULL = every token sees what is before it */
+    const uint8_t *visible;        /* [rows][visible_stride] over a prompt's columns; NULL = each sees what is before it */
     int64_t visible_stride;
     const int64_t *picked;         /* rows whose outcome is wanted; NULL = all */
     int64_t num_picked;

@@ -32,7 +32,8 @@ static inline void quantize_chunk(const float *x, int64_t n, int8_t *bytes, floa
 #define FETCH(p) _mm_prefetch((const char *)(p) + 4096, _MM_HINT_T0)
 
 /* 32 sums over one chunk of one row of activations; returns what follows the codes. */
-static inline const uint8_t *chunk_sums(const uint8_t *p, const Matrix *m, const int8_t *bytes, const int32_t *offsets, __m256i *s) {
+static inline const uint8_t *chunk_sums(
+    const uint8_t *p, const Matrix *m, const int8_t *bytes, const int32_t *offsets, __m256i *s) {
     if (m->bits == 8) {
         const int16_t *v = (const int16_t *)bytes;
         __m256i sums[8];
@@ -99,7 +100,8 @@ static void product(const uint8_t *panel, const Matrix *m, const Activations *a,
             for (int64_t j = c; j < c + of_group; j++, bytes += 2 * m->chunk) {
                 __m256i s[4];
                 p = chunk_sums(p, m, bytes, offsets + 2 * j, s);
-                for (int i = 0; i < 4; i++) sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[i]), _mm256_set1_ps(own[j]), sums[i]);
+                for (int i = 0; i < 4; i++)
+                    sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[i]), _mm256_set1_ps(own[j]), sums[i]);
             }
             load_scales(p, scales);
             FETCH(p);

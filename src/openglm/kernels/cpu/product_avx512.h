@@ -40,7 +40,8 @@ static inline void quantize_chunk(const float *x, int64_t n, int8_t *bytes, floa
 
 /* Sums over one chunk, high << 8 plus low, for TILE or fewer rows of activations: s[row][half of the panel]. */
 static inline __attribute__((always_inline)) const uint8_t *chunk_sums(
-    const uint8_t *p, const int count, const int bits, const int past, int64_t quads, const int8_t *const *bytes, const int32_t *const *offsets,
+    const uint8_t *p, const int count, const int bits, const int past, int64_t quads, const int8_t *const *bytes,
+    const int32_t *const *offsets,
     __m512i (*s)[2]) {
     __m512i h0[TILE], h1[TILE], l0[TILE], l1[TILE];
     for (int b = 0; b < count; b++) {

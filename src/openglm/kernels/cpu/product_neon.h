@@ -27,7 +27,8 @@ static inline int8x16_t quad(const int8_t *bytes) {
 #define FETCH(p) __builtin_prefetch((p) + 4096)
 
 /* 32 sums over one chunk of one row of activations; returns what follows the codes. */
-static inline const uint8_t *chunk_sums(const uint8_t *p, const Matrix *m, const int8_t *bytes, const int32_t *offsets, int32x4_t *s) {
+static inline const uint8_t *chunk_sums(
+    const uint8_t *p, const Matrix *m, const int8_t *bytes, const int32_t *offsets, int32x4_t *s) {
     int32x4_t h[8], l[8];
     for (int i = 0; i < 8; i++) {
         h[i] = vdupq_n_s32(offsets[0]);

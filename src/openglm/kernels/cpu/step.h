@@ -286,7 +286,8 @@ static inline void weigh(const Wide *block, int64_t n, const float *weights, int
 
 /* Some queries of one head of one prompt. Keys are copied as [columns / 16][d][16] and values as [d / 16][columns][16], so
  * that 16 numbers lie side by side wherever they are added up. */
-static void attend_block(const Pass *job, int64_t layer, int64_t sequence, int64_t head, int64_t first, int64_t end, float *space) {
+static void attend_block(
+    const Pass *job, int64_t layer, int64_t sequence, int64_t head, int64_t first, int64_t end, float *space) {
     const Step *step = job->step;
     const Place *place = &step->places[sequence];
     const int64_t d = job->net->head_size, wide = round_up(d), seen = place->tokens, columns = round_up(seen);
@@ -308,7 +309,8 @@ static void attend_block(const Pass *job, int64_t layer, int64_t sequence, int64
             const float *from = job->qkv + (sequence * step->tokens + q0 + (b < count ? b : count - 1)) * 3 * job->net->hidden;
             memcpy(query + b * wide, from + head * 3 * d, d * sizeof *query);
         }
-        for (int64_t t0 = 0; t0 < columns; t0 += WIDTH) weigh((const Wide *)(keys + t0 * wide), d, query, wide, (Wide *)(scores + t0), columns);
+        for (int64_t t0 = 0; t0 < columns; t0 += WIDTH)
+            weigh((const Wide *)(keys + t0 * wide), d, query, wide, (Wide *)(scores + t0), columns);
         for (int64_t b = 0; b < count; b++) {
             float *own = scores + b * columns;
             if (step->visible) {
@@ -435,7 +437,8 @@ static void pass_work(void *context, int thread) {
     if (!net->head.panels) return;
     pool_barrier();
     if (thread == 0)
-        for (int64_t i = 0; i < step->num_picked; i++) quantize_row(&net->head, step->normed + i * hidden, hidden, &job->own->of_head, i);
+        for (int64_t i = 0; i < step->num_picked; i++)
+            quantize_row(&net->head, step->normed + i * hidden, hidden, &job->own->of_head, i);
     pool_barrier();
     all_panels(job, &net->head, &job->own->of_head, step->num_picked, counter + 1, step->logits, NULL, thread);
 }
@@ -448,7 +451,8 @@ static int step(const Network *net, const Step *given, int threads) {
     int64_t longest = 0;
     for (int64_t row = 0; row < rows; row++)
         if (given->positions[row] < 0 || given->positions[row] >= given->num_positions) return -2;
-    for (int64_t i = 0; i < given->sequences; i++) longest = given->places[i].length > longest ? given->places[i].length : longest;
+    for (int64_t i = 0; i < given->sequences; i++)
+        longest = given->places[i].length > longest ? given->places[i].length : longest;
     job.prompts = longest == 0 && given->tokens > 1;
     const size_t of_attention = (job.prompts ? block_space(&job) : (size_t)(longest + given->tokens)) * sizeof(float);
     size_t shared = (size_t)rows * (6 * hidden + net->inner) * 4 + count * sizeof(Counter) + threads * (sizeof(Rows) + 8) + 12 * 64;
