@@ -1,4 +1,5 @@
-"""`glm fill` and `glm generate` as a person meets them: seconds of a new process, in INT8 (the default) and in float32.
+"""`glm fill` and `glm generate` as a person meets them: seconds of a new process, and of a model that is loaded already,
+in INT8 (the default) and in float32.
 
     python benchmarks/first_answer.py [--rounds 7] [--text FILE ...] [--machine WORDS] [--json FILE]
 
@@ -12,7 +13,7 @@ import argparse
 import datetime
 import json
 import os
-import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,9 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from openglm.bundled import find_model
+import torch
 
-TYPES = {"int8": ["--bits", "8", "--head-bits", "8"], "float32": ["--dtype", "float32"]}
+from openglm.bundled import find_model
+from openglm.evaluation.ceilings import machine_name
+from openglm.kernels.cpu.library import variant
+
+TYPES = {"int8": [], "float32": ["--dtype", "float32"]}
+OPTIONS: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "head_bits": 8}, "float32": {}}
 TASKS = {
     "fill a blank": ["fill", "The capital of France is [MASK]."],
     "write 64 tokens": ["generate", "Once upon a time", "--min-tokens", "64", "--max-tokens", "64"],
@@ -32,7 +38,7 @@ TASKS = {
 def seconds(words: list[str]) -> float:
     """Of one command, from its start to its end."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "openglm", *words, "--device", "cpu"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "openglm", *words, "--device", "cpu"], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
@@ -40,6 +46,25 @@ def weights_sha256() -> str:
     """Of the bundled model's weights: which snapshot of the training was measured."""
     files = json.loads((find_model("nano") / "checksums.json").read_text(encoding="utf-8"))["files"]
     return next(file["sha256"] for name, file in files.items() if name.endswith(".safetensors"))
+
+
+def within(rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of loading and of 64 tokens in this process; medians."""
+    from openglm import load
+
+    times: dict[str, dict[str, list[float]]] = {"load": {}, "write 64 tokens": {}}
+    for number in range(rounds + 1):
+        for name, options in OPTIONS.items():
+            start = time.perf_counter()
+            glm = load("nano", device="cpu", **options)
+            loaded = time.perf_counter()
+            glm.generate("Once upon a time", min_tokens=64, max_tokens=64)  # the first packs, allocates and plans
+            again = time.perf_counter()
+            glm.generate("Once upon a time", min_tokens=64, max_tokens=64)
+            if number:
+                times["load"].setdefault(name, []).append(loaded - start)
+                times["write 64 tokens"].setdefault(name, []).append(time.perf_counter() - again)
+    return {task: {name: round(statistics.median(found), 3) for name, found in own.items()} for task, own in times.items()}
 
 
 def bits(texts: list[Path], **options: Any) -> float:
@@ -63,10 +88,12 @@ def main() -> None:
     parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if variant() in (None, "portable"):
+        parser.error("the default is INT8 only where compiled kernels run: python -m openglm.kernels.cpu.build")
     found: dict[str, Any] = {
         "date": str(datetime.date.today()),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": args.machine or f"{platform.machine()}, {os.cpu_count()} cores",
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": args.machine or f"{machine_name(torch.device('cpu'))}, {os.cpu_count()} cores",
         "model": f"nano, sha256 of its weights {weights_sha256()[:12]}",
         "rounds": args.rounds,
         "seconds": {},
@@ -80,8 +107,11 @@ def main() -> None:
                     times[name].append(value)
         found["seconds"][task] = {name: round(statistics.median(values), 3) for name, values in times.items()}
         print(f"{task:16}", "  ".join(f"{name} {value:.2f} s" for name, value in found["seconds"][task].items()), flush=True)
+    found["seconds_in_a_process"] = within(args.rounds)
+    for task, own in found["seconds_in_a_process"].items():
+        print(f"in a process, {task}:", "  ".join(f"{name} {value:.3f} s" for name, value in own.items()), flush=True)
     if args.text:
-        int8, float32 = bits(args.text, bits=8, head_bits=8), bits(args.text)
+        int8, float32 = (bits(args.text, **OPTIONS[name]) for name in ("int8", "float32"))
         found["bits_per_byte"] = {"int8": int8, "float32": float32}
         print(f"bits per byte    int8 {int8:.5f}  float32 {float32:.5f} ({int8 / float32 - 1:+.4%})")
     if args.json:

@@ -1,8 +1,8 @@
-"""Run the examples of the READMEs and write back what they print; fill in the table of speeds from a result file.
+"""Run the bundled model's examples of READMEs and docs and write back what they print; fill in the READMEs' speeds.
 
     python benchmarks/readme.py [--speed benchmarks/results/DATE-inference.json]
 
-Only ```console blocks are touched: lines that begin with `$ ` are commands, everything else is output.
+Only ```console blocks are touched: lines that begin with `$ ` are commands, everything else is output, what goes to stderr too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
+DOCS = (ROOT / "docs" / "inference.md",)
 
 
 def run(command: str) -> str:
     """What a `glm` command prints."""
-    words = shlex.split(command)
-    done = subprocess.run([sys.executable, "-m", "openglm.cli.main", *words[1:]], capture_output=True, text=True, check=True)
+    words = [sys.executable, "-m", "openglm", *shlex.split(command)[1:]]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode not in (0, 2):  # 2: an example of bad input
+        raise SystemExit(f"`{command}` ended with {done.returncode}:\n{done.stdout}")
     return done.stdout.rstrip("\n")
 
 
@@ -49,13 +52,13 @@ def main() -> None:
     parser.add_argument("--speed", type=Path, metavar="FILE")
     args = parser.parse_args()
     fresh: dict[str, str] = {}
-    for path in READMES:
+    for path in (*READMES, *DOCS):
         text = path.read_text(encoding="utf-8")
         for block in re.findall(r"^```console\n(.*?)^```", text, re.M | re.S):
             commands = "\n".join(line for line in block.splitlines() if line.startswith("$ "))
             fresh[commands] = fresh.get(commands) or renew(block)
             text = text.replace(block, fresh[commands])
-        if args.speed:
+        if args.speed and path in READMES:
             before, _, rest = text.partition("<!-- speed -->\n")
             text = f"{before}<!-- speed -->\n{speed_table(args.speed)}\n<!-- /speed -->{rest.partition('<!-- /speed -->')[2]}"
         path.write_text(text, encoding="utf-8")

@@ -37,6 +37,17 @@ def test_a_bundled_model_answers_in_int8_unless_another_type_is_asked_for(tiny: 
         assert scheme("nano") is None
 
 
+def test_a_job_knows_the_type_that_it_was_begun_in(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENGLM_CPU_KERNELS", "none")
+    (tmp_path / "texts.txt").write_text("The [MASK].\n")
+    job = ["fill", "--input", tmp_path / "texts.txt", "--output", tmp_path / "a.jsonl", "--device", "cpu", "--max-tokens", "2"]
+    run(*job)
+    assert "answered already" in run(*job, "--dtype", "float32").stderr  # as it was without compiled kernels
+    assert "--dtype float32" in refuse(*job, "--draft", "lookup", "--seed", "1")
+    message = refuse(*job[:4], tmp_path / "b.jsonl", "--group", "32")
+    assert "`--group` needs `--bits`" in message and not (tmp_path / "b.jsonl").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Session
 

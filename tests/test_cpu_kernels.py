@@ -300,22 +300,28 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on memory")
 def test_fewer_threads_than_asked_for_do_all_the_work() -> None:
     script = """
-import resource, torch
+import os, resource, torch
+from openglm.kernels.cpu.library import library
 from test_cpu_kernels import CONFIG, ColumnPool, Pass, Place, Scheme, network_of, use_panels
 network, _ = network_of(Scheme(8, head_bits=8))
 use_panels(network)
 run, found = Pass(network), []
+count = lambda: len(os.listdir("/proc/self/task"))
 for threads in (1, 3):
     run.threads, pool = threads, ColumnPool(CONFIG, 8, dtype=torch.float16)
     whole = pool.take(8)
     if threads == 3:  # no room for the stack of another thread
+        before = count()
         held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + 4_000_000,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000,) * 2)
     place = Place(whole, whole, 8, 0)
     found.append(run(torch.tensor([[5, 6, 7]]), torch.arange(3)[None], pool, [place], [3]))
     place.length = 3
     found.append(run(torch.tensor([[8]]), torch.tensor([[3]]), pool, [place], [1]))
 assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+ones = torch.ones(1000, dtype=torch.int64)
+assert library().glm_read(ones.data_ptr(), ones.nbytes, 3) == 1000
+assert count() == before, "another thread was started after all"
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60, env=environment)

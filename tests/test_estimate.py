@@ -56,7 +56,7 @@ def test_the_command() -> None:
     assert "it fits" in run("estimate", "nano", "--cpu").stdout
     for arguments, words in (
         (["130b", "--bits", "3"], "8 or 4 bits, not 3"),
-        (["130b", "--group", "64"], "need `--bits`"),
+        (["130b", "--group", "64"], "needs `--bits`"),
         (["130b", "--gpu", "a100"], "no GPU `a100`"),
         (["130b", "--gpus", "5"], "do not divide the 96 heads"),
         (["130b", "--memory", "0"], "`--memory` must be above 0"),

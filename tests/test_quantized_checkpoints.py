@@ -98,7 +98,7 @@ def test_fill_and_score_run_on_a_quantized_model(plain, tmp_path) -> None:
 def test_what_is_refused_of_a_model_that_is_read(plain, tmp_path) -> None:
     with pytest.raises(ConfigError, match="8 or 4 bits, not 5"):
         load(plain, bits=5)
-    with pytest.raises(InputError, match="`group` needs `bits`"):
+    with pytest.raises(ConfigError, match="`group` needs `bits`"):
         load(plain, group=32)
     with pytest.raises(InputError, match="does not go with offloaded layers"):
         load(plain, bits=8, offload="disk")

@@ -85,6 +85,16 @@ class QuantizationScheme:
         if self.ranks > 1 and self.group is not None:
             raise ConfigError("`ranks` belong to one scale a row, not to groups", key="ranks")
 
+    @classmethod
+    def of(cls, bits: int | None, group: int | None = None, head_bits: int | None = None) -> QuantizationScheme | None:
+        """The scheme that three options name; None without ``bits``. Raises ``ConfigError`` for the others without it."""
+        if bits is not None:
+            return cls(bits, group, head_bits=head_bits)
+        for key, value in (("group", group), ("head_bits", head_bits)):
+            if value is not None:
+                raise ConfigError(f"`{key}` needs `bits`", hint="it is 8 or 4", key=key)
+        return None
+
     def __str__(self) -> str:
         group = "one scale a row" if self.group is None else f"groups of {self.group}"
         group += f" and rank ({self.ranks})" if self.ranks > 1 else ""
@@ -210,6 +220,15 @@ class ModelConfig:
                 object.__setattr__(self, "quantization", QuantizationScheme.from_dict(self.quantization))
             for width in (self.hidden_size, self.inner_hidden_size):
                 self.quantization.columns(width)
+
+    def quantized(self, scheme: QuantizationScheme | None) -> ModelConfig:
+        """The same with a scheme; as it is without one. Raises ``ConfigError`` if it has one already."""
+        if scheme is None:
+            return self
+        if self.quantization is not None:
+            hint = "leave `bits` out, or take the model that it was made from"
+            raise ConfigError("this model is quantized already", hint=hint, key="bits")
+        return dataclasses.replace(self, quantization=scheme)
 
     @property
     def head_size(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from openglm.checkpoints.format import DEFAULT_SHARD_BYTES, SavableTokenizer, check_shape, check_tensor, save_checkpoint
-from openglm.checkpoints.layout import expected_tensors, plain_name, resolve_dtype, scheme_of
+from openglm.checkpoints.layout import dtype_name, expected_tensors, plain_name, resolve_dtype, scheme_of
 from openglm.config import ModelConfig, QuantizationScheme
-from openglm.errors import CheckpointError, ConfigError, InputError
+from openglm.errors import CheckpointError, InputError
 from openglm.models.glm130b import GLM130B
 from openglm.quantization.calibration import CalibrationSample, quantize_layers
 from openglm.quantization.functional import quantize_matrix, stored_parts
@@ -47,6 +46,11 @@ class ModelSource(TensorSource, Protocol):
     """A model that lies somewhere."""
 
     @property
+    def dtype(self) -> str:
+        """In which the tensors are stored, as in "float16"; of a quantized model, what is not quantized."""
+        ...
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer's file, or None where there is none."""
         ...
@@ -66,6 +70,7 @@ class StateSource:
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         self.config = config
+        self.dtype: str = dtype_name(next(iter(tensors.values())).dtype) if tensors else "float32"
         self.tokenizer_path: Path | None = None
         self.notes: list[str] = []
         self._tensors = {plain_name(name): tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
@@ -189,12 +194,7 @@ def convert_source(
     layer in memory at a time. Raises ``ConfigError`` for a source that is quantized already, or groups that do not divide
     its rows.
     """
-    config, errors = source.config, list[LayerError]()
-    if scheme is not None:
-        if config.quantization is not None:
-            raise ConfigError("this model is quantized already", hint="take the one that it was made from", key="quantization")
-        config = dataclasses.replace(config, quantization=scheme)
-
+    config, errors = source.config.quantized(scheme), list[LayerError]()
     shapes = expected_tensors(source.config)
 
     def tensors() -> Iterator[tuple[str, int, Tensor]]:

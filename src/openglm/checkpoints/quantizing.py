@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from openglm.checkpoints.layout import expected_tensors, quantized_parts, scheme_of
 from openglm.checkpoints.loading import ModelSource, row_slices
 from openglm.config import ModelConfig, QuantizationScheme
-from openglm.errors import ConfigError
 from openglm.quantization.functional import quantize_matrix, stored_parts
 
 
@@ -22,10 +20,8 @@ class QuantizingSource:
     """
 
     def __init__(self, source: ModelSource, scheme: QuantizationScheme) -> None:
-        if source.config.quantization is not None:
-            raise ConfigError("this model is quantized already", hint="take the one that it was made from", key="bits")
-        self.config: ModelConfig = dataclasses.replace(source.config, quantization=scheme)
-        self.dtype: str = getattr(source, "dtype", "float16")
+        self.config: ModelConfig = source.config.quantized(scheme)
+        self.dtype: str = source.dtype
         self._source, self._scheme = source, scheme
         self._expected = expected_tensors(self.config)
         self._plain = expected_tensors(source.config)
@@ -56,13 +52,20 @@ class QuantizingSource:
         return list(self._expected)
 
     def tensor(self, name: str) -> Tensor:
-        """One whole tensor, on the CPU; the caller may keep it and write to it."""
+        """One whole tensor, on the CPU; the caller may keep it and write to it.
+
+        Codes int8 ``[rows, columns]``, in 4 bits ``[rows, columns / 2]``; scales float16 ``[rows, groups]``; the others as
+        they are stored. Raises what the source raises, and ``KeyError`` for a name that it has not.
+        """
         if name not in self._matrices:
             return self._source.tensor(name)
         return self.rows(name, 0, self._expected[name].shape[0])
 
     def rows(self, name: str, start: int, stop: int, columns: range | None = None) -> Tensor:
-        """Some rows of a tensor, or some columns of them, in memory of their own; of codes of 4 bits a column is a byte."""
+        """Some rows of a tensor, or some columns of them, in memory of their own; of codes of 4 bits a column is a byte.
+
+        A part is forgotten once it was handed out: to ask for it again is to quantize again.
+        """
         if name not in self._matrices:
             return self._source.rows(name, start, stop, columns)
         if (name, start, stop) not in self._made:

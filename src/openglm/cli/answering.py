@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from openglm.bundled import bundled_models
-from openglm.cli import console
+from openglm.cli import console, options
 from openglm.cli.batch import Elsewhere, Line, Results, Stream, open_results, read_lines, run_batch, with_id
 from openglm.cli.models import load_model, model_folder, model_path
-from openglm.errors import InputError, OpenGLMError
+from openglm.config import QuantizationScheme
+from openglm.errors import InputError
 from openglm.parallel.layout import started
 from openglm.tokenizers.base import MASK_WORDS
 
@@ -40,53 +40,66 @@ class Request:
     json: bool = False
     batch_size: int = 8
 
+    @classmethod
+    def of(cls, task: str, params: Mapping[str, Any]) -> Request:
+        """Of a command's parameters: those that `glm fill` and `glm generate` share."""
+        own = {name: params[name] for name in ("model", "download", "json", "batch_size")}
+        return cls(task, loading=options.loading(params), settings=options.settings(params), **own)
+
     @cached_property
-    def group(self) -> TensorGroup | None:
+    def processes(self) -> TensorGroup | None:
         """The processes that torchrun started to answer together; they share the model. None without torchrun."""
         if started() == 1:
             return None
         from openglm.parallel.group import connect
 
-        with as_options():
+        with options.as_options():
             return connect(self.loading.get("device"))
 
     def told(self, make: Callable[[], Value]) -> Value:
         """What ``make`` gives; under torchrun only one process calls it and tells the others."""
-        return make() if self.group is None else self.group.told(make)
+        return make() if self.processes is None else self.processes.told(make)
 
     @cached_property
     def glm(self) -> GLM:
         """The model; its name and the settings are checked before it is loaded."""
         # Under torchrun the processes meet first, so that what one of them lacks is told by all.
-        if self.group is None:
+        if self.processes is None:
             self._find()  # before torch is imported
         else:
-            self.group.together(self._find)
+            self.processes.together(self._find)
         from openglm.inference.sampling import SamplingSettings
 
-        for name in ("group", "head_bits"):
-            if name in self.loading and "bits" not in self.loading:
-                raise InputError(f"`--{name.replace('_', '-')}` needs `--bits`", key=name)
-        with as_options():
+        with options.as_options():
             SamplingSettings.of(**self.settings)
-            loading = {**self.loading, **self._int8()}
-            return load_model(self.model, download=self.download, tensor_parallel=self.group is not None, **loading)
+            parallel = self.processes is not None
+            return load_model(self.model, download=self.download, tensor_parallel=parallel, **self.chosen_loading)
 
-    def _int8(self) -> dict[str, Any]:
-        """A bundled model answers in INT8 on a CPU: nearly as exact, tokens come several times as fast; {} for all others.
+    @property
+    def may_choose(self) -> bool:
+        """Whether the machine has a say in the type: a bundled model, and none of the options that settle it.
 
-        Whoever asks for a type, bits or offloading gets what was asked for, and ranks are all to load the same.
+        The compiled kernels know no cache in bfloat16, and ranks are all to load the same.
         """
         asked = {"dtype", "bits", "group", "head_bits", "offload"} & set(self.loading)
-        if asked or self.model not in bundled_models() or self.group is not None:
-            return {}
-        if self.loading.get("cache_dtype") == "bfloat16":  # which the compiled kernels do not know
-            return {}
+        if asked or self.loading.get("cache_dtype") == "bfloat16":
+            return False
+        return self.model in bundled_models() and self.processes is None
+
+    @cached_property
+    def chosen_loading(self) -> dict[str, Any]:
+        """``loading``, and for a bundled model on a CPU the type: INT8 where that pays, nearly as exact and several times as
+        fast, else float32."""
+        if not self.may_choose:
+            return self.loading
         from openglm.checkpoints import resolve_device
         from openglm.kernels.cpu.library import variant
 
-        on_cpu = resolve_device(self.loading.get("device")).type == "cpu"
-        return {"bits": 8, "head_bits": 8} if on_cpu and variant() not in (None, "portable") else {}
+        with options.as_options():
+            if resolve_device(self.loading.get("device")).type != "cpu":
+                return self.loading
+            int8 = variant() not in (None, "portable")
+        return {**self.loading, **({"bits": 8, "head_bits": 8} if int8 else {"dtype": "float32"})}
 
     def _find(self) -> None:
         """Raises if there is no such model."""
@@ -117,7 +130,7 @@ class Request:
         glm = self.glm
         stream = self.task == "generate" and console.is_terminal(sys.stdout) and not self.json
         if stream and self.settings.get("num_beams", 1) == 1:
-            with as_options():
+            with options.as_options():
                 show_stream(glm, text, self.settings)
             return
         (result,) = self.answer_batch([text])
@@ -126,7 +139,7 @@ class Request:
     def answer_batch(self, texts: Sequence[str]) -> Sequence[Any]:
         """``FillResult`` or ``GenerateResult`` of every text."""
         method = self.glm.fill_batch if self.task == "fill" else self.glm.generate_batch
-        with as_options():
+        with options.as_options():
             return method(list(texts), batch_size=self.batch_size, **self.settings)
 
     def show(self, line: Line, result: Any) -> None:
@@ -147,9 +160,9 @@ class Request:
         bare = sum(self.has_no_blank(line.text) for line in lines)
         if bare:
             console.note(f"{bare:,} of {len(lines):,} texts have no [MASK], so they are continued")
-        loading = {**self.loading, **self._int8()}
-        numbers = {key: loading[key] for key in ("cache_dtype", "bits", "group", "head_bits") if key in loading}
-        job = {"task": self.task, "model": self.model, "dtype": self.loading.get("dtype"), **numbers, **self.settings}
+        loading = self.chosen_loading
+        numbers = {key: loading[key] for key in ("dtype", "cache_dtype", "bits", "group", "head_bits") if key in loading}
+        job = {"task": self.task, "model": self.model, **numbers, **self.settings}
         results = None if output is None else self._results(output, lines, name, job)
         try:
             run_batch(
@@ -169,7 +182,7 @@ class Request:
         opened: list[Results | Stream] = []
 
         def done() -> set[int]:
-            opened.append(open_results(output, lines, name, job))
+            opened.append(open_results(output, lines, name, job, _WHICH_TYPE if self.may_choose else ""))
             return set(opened[0].done)
 
         found = self.told(done)
@@ -177,6 +190,8 @@ class Request:
 
     def run(self, text: str | None, source: str | None, output: Path | None) -> None:
         """The text, the file, what comes through a pipe, or a session; whichever was given."""
+        with options.as_options():
+            QuantizationScheme.of(*(self.loading.get(name) for name in ("bits", "group", "head_bits")))
         if text is not None and source is not None:
             raise InputError("a text and `--input` exclude each other", hint="give one of them")
         if text is not None and output is not None:
@@ -186,7 +201,7 @@ class Request:
         if text is not None:
             self.answer(text)
         elif source is None and self.told(lambda: console.is_terminal(sys.stdin)):
-            if self.group is not None:
+            if self.processes is not None:
                 raise InputError("a session cannot be held with several processes", hint="give a text, or --input FILE")
             if output is not None:
                 raise InputError("`--output` goes with `--input`", hint="give a file of texts with --input FILE")
@@ -197,6 +212,7 @@ class Request:
             self.answer_lines(source or "-", output)
 
 
+_WHICH_TYPE = "which type a bundled model has depends on the machine: --bits 8 --head-bits 8, or --dtype float32"
 EXAMPLE = {
     "fill": 'glm fill "The capital of France is [MASK]."',
     "generate": 'glm generate "Once upon a time"',
@@ -227,14 +243,3 @@ def show_stream(glm: GLM, text: str, settings: dict[str, Any]) -> None:
     for piece in pieces:
         console.write(console.paint(console.printable(piece, sys.stdout), console.ANSWER, sys.stdout), end="")
     console.write(console.printable(after, sys.stdout))
-
-
-@contextmanager
-def as_options() -> Iterator[None]:
-    """Names an option as it is typed: ``num_beams`` in an ``OpenGLMError`` becomes ``--num-beams``."""
-    try:
-        yield
-    except OpenGLMError as error:
-        if error.key:
-            error.message = error.message.replace(f"`{error.key}`", f"`--{error.key.replace('_', '-')}`")
-        raise

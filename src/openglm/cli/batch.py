@@ -113,8 +113,8 @@ def _json_line(text: str, number: int, place: str) -> Line:
 class Results:
     """The output file: a journal of answers, each with the line and a digest of the text that it answers."""
 
-    def __init__(self, path: Path, lines: Sequence[Line], source: str, job: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, lines: Sequence[Line], source: str, job: dict[str, Any], advice: str = "") -> None:
+        self.path, self._advice = path, advice
         self.job = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()[:8]
         _refuse_other_files(path)
         self._journal = Journal(path)
@@ -134,11 +134,10 @@ class Results:
             if number not in lines or lines[number].digest != entry["sha256"]:
                 raise InputError(f"line {number} of {source} has changed since `{self.path}` answered it", hint=fresh)
             if entry.get("job") != self.job:
-                raise InputError(
-                    f"`{self.path}` was begun with another model or other options",
-                    hint="give the options of the first run, or choose another --output",
-                    path=self.path,
-                )
+                hint = "give the options of the first run, or choose another --output"
+                hint += f"; {self._advice}" if self._advice else ""
+                message = f"`{self.path}` was begun with another model or other options"
+                raise InputError(message, hint=hint, path=self.path)
             done.add(number)
         return done
 
@@ -197,13 +196,16 @@ def with_id(line: Line, result: dict[str, Any]) -> dict[str, Any]:
     return result if line.id is None else {"id": line.id, **result}
 
 
-def open_results(path: Path, lines: Sequence[Line], source: str, job: dict[str, Any]) -> Results | Stream:
-    """The output file of a job, new or begun. Raises ``InputError`` if it belongs to another job, ``StorageError``."""
+def open_results(path: Path, lines: Sequence[Line], source: str, job: dict[str, Any], advice: str = "") -> Results | Stream:
+    """The output file of a job, new or begun; ``advice`` on how another run's job may differ.
+
+    Raises ``InputError`` if it belongs to another job, ``StorageError``.
+    """
     if path.is_dir():
         raise StorageError(f"cannot write `{path}`: it is a folder", hint="give the name of a file", path=path)
     if path.exists() and not path.is_file():
         return Stream(path)
-    return Results(path, lines, source, job)
+    return Results(path, lines, source, job, advice)
 
 
 def _refuse_other_files(path: Path) -> None:

@@ -108,8 +108,8 @@ def bench(
         if random:
             engine, notes, seconds = random_engine(config, resolve_dtype(dtype or "float16"), place)
         else:
-            options = {"dtype": dtype, "bits": bits, "group": group, "head_bits": head_bits}
-            engine, notes, seconds = load_engine(model_folder(model), place, **options)
+            loading = {"dtype": dtype, "bits": bits, "group": group, "head_bits": head_bits}
+            engine, notes, seconds = load_engine(model_folder(model), place, **loading)
         for note in notes:
             console.note(f"note: {note}")
         bar.label = "measuring"
@@ -178,13 +178,8 @@ def _config(model: str, random: bool, bits: int | None, group: int | None, head_
         from openglm.checkpoints import open_model
 
         config = open_model(folder).config
-    if bits is None:
-        if group is not None or head_bits is not None:
-            raise InputError("`--group` and `--head-bits` need `--bits`", key="bits")
-        return config
-    if config.quantization is not None:
-        raise InputError("this model is quantized already", hint="leave `--bits` out", key="bits")
-    return dataclasses.replace(config, quantization=QuantizationScheme(bits, group, head_bits=head_bits))
+    with options.as_options():
+        return config.quantized(QuantizationScheme.of(bits, group, head_bits))
 
 
 def _check_files(out: Path | None, plot: Path | None) -> None:
@@ -243,11 +238,9 @@ def _command(model: str, random: bool, given: dict[str, Any]) -> str:
 
 def _kernels(engine: Engine) -> str | None:
     """The compiled CPU kernels that ran, by their variant."""
-    from openglm.kernels.cpu.library import VARIANT, variants
+    from openglm.kernels.cpu.library import variant
 
-    if engine.kernel is None or engine.device.type != "cpu":
-        return None
-    return os.environ.get(VARIANT) or variants()[0]
+    return None if engine.kernel is None or engine.device.type != "cpu" else variant()
 
 
 def _form(engine: Engine) -> str:

@@ -52,6 +52,9 @@ def convert(
     group: Annotated[
         int | None, typer.Option(metavar="N", help="With --bits: columns that share a scale, 32, 64 or 128; else a row.")
     ] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="With --bits: of embedding and head, 8 or 4; else they stay.")
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch SOURCE from the Hugging Face hub.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -61,13 +64,12 @@ def convert(
     """
     if dtype not in _DTYPES:
         raise InputError(f"`--dtype` must be {', '.join(_DTYPES)}, not {dtype!r}")
-    if group is not None and bits is None:
-        raise InputError("`--group` needs `--bits`", key="group")
-    refuse_existing(target)
-    folder = model_folder(source, download=download)
     from openglm.config import ModelConfig, QuantizationScheme
 
-    scheme = QuantizationScheme(bits, group) if bits is not None else None
+    with options.as_options():
+        scheme = QuantizationScheme.of(bits, group, head_bits)
+    refuse_existing(target)
+    folder = model_folder(source, download=download)
     given = ModelConfig.from_json(config) if config is not None else None
     if tokenizer is not None:
         from openglm.tokenizers import load_tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -55,12 +54,8 @@ def estimate(
     from openglm.planning.inference import Use, estimate, verdict
 
     config = _config(model)
-    if bits is None and (group is not None or head_bits is not None):
-        raise InputError("`--group` and `--head-bits` need `--bits`", key="bits")
-    if bits is not None:
-        if config.quantization is not None:
-            raise InputError("this model is quantized already", hint="leave `--bits` out", key="bits")
-        config = dataclasses.replace(config, quantization=QuantizationScheme(bits, group, head_bits=head_bits))
+    with options.as_options():
+        config = config.quantized(QuantizationScheme.of(bits, group, head_bits))
     if cpu and gpu is not None:
         raise InputError("`--cpu` and `--gpu` exclude each other", key="gpu")
     if memory is not None and not 0 < memory < 1e6:

@@ -25,6 +25,7 @@ EXAMPLES = r"""
 
 
 def fill(
+    context: typer.Context,
     text: Annotated[
         str | None, typer.Argument(metavar="TEXT", help=r"Text with \[MASK] where words are missing.", show_default=False)
     ] = None,
@@ -69,31 +70,7 @@ def fill(
     --input or of a pipe, or else a session.
     """
     console.one_voice()
-    settings = options.given(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
-    loading = options.given(
-        device=device,
-        dtype=dtype,
-        bits=bits,
-        group=group,
-        head_bits=head_bits,
-        cache_dtype=cache_dtype,
-        draft=draft,
-        offload=offload,
-        memory=memory,
-    )
-    request = Request("fill", model, download, loading, settings, json, batch_size)
+    request = Request.of("fill", context.params)
     if show_layout:
         from openglm.cli.layout import show_layout as show
 

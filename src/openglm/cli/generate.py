@@ -21,6 +21,7 @@ EXAMPLES = r"""
 
 
 def generate(
+    context: typer.Context,
     text: Annotated[
         str | None, typer.Argument(metavar="TEXT", help=r"The beginning; \[gMASK] is appended.", show_default=False)
     ] = None,
@@ -57,29 +58,5 @@ def generate(
     written.
     """
     console.one_voice()
-    settings = options.given(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
-    loading = options.given(
-        device=device,
-        dtype=dtype,
-        bits=bits,
-        group=group,
-        head_bits=head_bits,
-        cache_dtype=cache_dtype,
-        draft=draft,
-        offload=offload,
-        memory=memory,
-    )
-    request = Request("generate", model, download, loading, settings, json, batch_size)
+    request = Request.of("generate", context.params)
     request.run(text, input, output)

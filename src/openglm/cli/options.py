@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from openglm.cli.models import complete_model
+from openglm.errors import OpenGLMError
 
 _MODEL, _SEARCH, FILES = "Model", "Search", "Input and output"
 
@@ -38,7 +41,7 @@ Bits = Annotated[
     int | None,
     typer.Option(
         metavar="8|4",
-        help="Quantize the layers as they are read; a bundled model on a CPU is in 8, unless a --dtype is given.",
+        help="Quantize the layers as they are read; a bundled model on a CPU with compiled kernels is in 8 anyway.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -55,7 +58,7 @@ CacheDtype = Annotated[
     str | None,
     typer.Option(
         metavar="DTYPE",
-        help="Keep keys and values in float32, float16, bfloat16 or int8; else as the model computes.",
+        help="Keep keys and values in float32, float16, bfloat16 or int8; else as the model computes, quantized: float16.",
         autocompletion=lambda incomplete: [d for d in ("float32", "float16", "bfloat16", "int8") if d.startswith(incomplete)],
         rich_help_panel=_MODEL,
     ),
@@ -139,8 +142,41 @@ BatchSize = Annotated[int, typer.Option(metavar="N", help="Texts of --input that
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a text.", rich_help_panel=FILES)]
 
 
-def given(**settings: Any) -> dict[str, Any]:
-    """The settings that were given; the others keep the defaults of ``SamplingSettings``."""
-    if settings.get("stop") is not None:
-        settings["stop"] = tuple(settings["stop"])
-    return {name: value for name, value in settings.items() if value is not None}
+_LOADING = ("device", "dtype", "bits", "group", "head_bits", "cache_dtype", "draft", "offload", "memory")
+_SETTINGS = (
+    "max_tokens",
+    "min_tokens",
+    "num_beams",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+)
+
+
+def loading(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a command's parameters those of ``load`` that were given; it has defaults for the others."""
+    return {name: params[name] for name in _LOADING if params[name] is not None}
+
+
+def settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a command's parameters those of ``SamplingSettings`` that were given; it has defaults for the others."""
+    found = {name: params[name] for name in _SETTINGS if params[name] not in (None, (), [])}
+    return {**found, "stop": tuple(found["stop"])} if "stop" in found else found
+
+
+@contextmanager
+def as_options() -> Iterator[None]:
+    """Names an option as it is typed: ``num_beams`` in an ``OpenGLMError`` of that key becomes ``--num-beams``."""
+    try:
+        yield
+    except OpenGLMError as error:
+        for name in {error.key, "bits"} if error.key else ():
+            typed = f"`--{str(name).replace('_', '-')}`"
+            error.message = error.message.replace(f"`{name}`", typed)
+            error.hint = error.hint and error.hint.replace(f"`{name}`", typed)
+        raise

@@ -310,7 +310,7 @@ class Decoding:
         for row, count in zip(self.rows, counts, strict=True):
             if count > row.room:
                 raise InputError(f"a sequence has room for {row.room} more tokens, not for {count}")
-        logits = self._each(tokens, counts)
+        logits = self._feed(tokens, counts)
         if tokens.shape[1] == 1:
             self.logits = logits[:, 0]
         else:
@@ -318,7 +318,7 @@ class Decoding:
             self.logits = logits[torch.arange(len(logits), device=logits.device), last]
         return logits if several else self.logits
 
-    def _each(self, tokens: Tensor, counts: list[int]) -> Tensor:
+    def _feed(self, tokens: Tensor, counts: list[int]) -> Tensor:
         """Logits ``[rows, s, v]`` behind tokens ``[rows, s]``, which go into the cache."""
         parts = _passes([row.alone and not self.invariant_steps for row in self.rows])
         if len(parts) == 1:
@@ -340,8 +340,8 @@ class Decoding:
         device, (b, s) = tokens.device, tokens.shape
         chosen = [self.rows[index] for index in rows]
         if s == 1:
-            next_ones = [[row.prompt.answer_start + row.prompt.answer_step * row.written] for row in chosen]
-            positions = torch.tensor(next_ones, device=device)
+            following = [[row.prompt.answer_start + row.prompt.answer_step * row.written] for row in chosen]
+            positions = torch.tensor(following, device=device)
         else:
             # Padding has the position of its row's last token: it may be the last one that there is.
             offsets = np.minimum(np.arange(s), np.asarray(counts)[:, None] - 1)

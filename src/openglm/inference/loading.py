@@ -66,9 +66,10 @@ def load(
     takes the GPU of its own number. Without torchrun it changes nothing.
 
     Raises ``ModelNotFoundError`` with the nearest bundled name, ``CheckpointError`` for a damaged or foreign folder,
-    ``ConfigError`` or ``TokenizerError`` for what it holds or for processes that do not divide its heads, ``InputError`` for a
-    dtype or device that cannot be used, or a model that is larger than the memory; where one process fails, all do. With
-    ``offload`` an answer raises too, if the folder has changed or gone.
+    ``ConfigError`` or ``TokenizerError`` for what it holds, for processes that do not divide its heads, for ``bits`` of a
+    model that has some already, or ``group`` or ``head_bits`` without ``bits``; ``InputError`` for a dtype or device that
+    cannot be used, options that exclude each other (``bits`` and ``offload``), or a model that is larger than the memory.
+    Where one process fails, all do. With ``offload`` an answer raises too, if the folder has changed or gone.
     """
     if offload not in (None, "auto", *PLACES):
         raise InputError(f"`offload` must be auto, {' or '.join(PLACES)}, not {offload!r}", key="offload")
@@ -77,30 +78,41 @@ def load(
         raise InputError(f"`memory` {what}", key="memory")
     if offload is not None and tensor_parallel:
         raise InputError("`offload` and tensor parallelism exclude each other", hint="take more processes", key="offload")
-    if bits is None and (group, head_bits) != (None, None):
-        key = "head_bits" if group is None else "group"
-        raise InputError(f"`{key}` needs `bits`", key=key)
-    if bits is not None and offload is not None:
+    scheme = QuantizationScheme.of(bits, group, head_bits)
+    if scheme is not None and offload is not None:
         raise InputError(
             "`bits` does not go with offloaded layers, which are read again for each token",
             hint="store the model quantized with `glm quantize`, and offload that",
             key="bits",
         )
-    scheme = None if bits is None else QuantizationScheme(bits, group, head_bits=head_bits)
-    ranks = connect(device) if tensor_parallel else None
+    processes = connect(device) if tensor_parallel else None
 
     def make() -> GLM:
-        return _load(model, dtype, device, rotary_dtype, config, tokenizer, cache_dtype, draft, offload, memory, scheme, ranks)
+        return _load(
+            model,
+            dtype=dtype,
+            device=device,
+            rotary_dtype=rotary_dtype,
+            config=config,
+            tokenizer=tokenizer,
+            cache_dtype=cache_dtype,
+            draft=draft,
+            offload=offload,
+            memory=memory,
+            scheme=scheme,
+            processes=processes,
+        )
 
-    if ranks is None:
+    if processes is None:
         return make()
-    glm = ranks.together(make)
+    glm = processes.together(make)
     glm.engine.agree()
     return glm
 
 
 def _load(
     model: str | Path,
+    *,
     dtype: str | torch.dtype | None,
     device: str | torch.device | None,
     rotary_dtype: str | None,
@@ -111,14 +123,14 @@ def _load(
     offload: str | None,
     memory: float | None,
     scheme: QuantizationScheme | None,
-    group: TensorGroup | None,
+    processes: TensorGroup | None,
 ) -> GLM:
     source: ModelSource = open_model(find_model(model), config)
     if scheme is not None:
         source = QuantizingSource(source, scheme)
     changes = {} if rotary_dtype is None else {"rotary_dtype": rotary_dtype}
     chosen = dataclasses.replace(source.config, **changes)
-    place = resolve_device(device if group is None else group.device)
+    place = resolve_device(device if processes is None else processes.device)
     if dtype is None and place.type == "cpu":
         dtype = "float32"
     if isinstance(tokenizer, str | Path):
@@ -126,13 +138,13 @@ def _load(
     elif tokenizer is None and source.tokenizer_path is not None:
         tokenizer = load_tokenizer(source.tokenizer_path)
     if place.type == "cuda":
-        computed = resolve_dtype(dtype if dtype is not None else getattr(source, "dtype", "float16"))
+        computed = resolve_dtype(source.dtype if dtype is None else dtype)
         check_type(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place), computed)
     network, notes = empty_network(chosen), list(source.notes)
-    if group is not None:
-        network = cut_network(network, group)
+    if processes is not None:
+        network = cut_network(network, processes)
     if offload is None:
-        _refuse_too_large(chosen, source, dtype, place, 1 if group is None else group.size)
+        _refuse_too_large(source, dtype, place, 1 if processes is None else processes.size, scheme)
         load_into(network, RankSource(source, network.cut) if isinstance(network, RankNetwork) else source, dtype, place)
     else:
         notes += _load_what_fits(network, source, dtype, place, offload, memory, cache_dtype)
@@ -161,18 +173,24 @@ def check_type(gpu: str, capability: tuple[int, int], dtype: torch.dtype) -> Non
 
 
 def _refuse_too_large(
-    config: ModelConfig, source: ModelSource, dtype: str | torch.dtype | None, place: torch.device, ranks: int
+    source: ModelSource,
+    dtype: str | torch.dtype | None,
+    place: torch.device,
+    processes: int,
+    scheme: QuantizationScheme | None,
 ) -> None:
     """Say so before anything is read, if the weights alone are more than there is memory."""
-    stored, name = _dtype_names(source, dtype)
-    if place.type == "cpu" and name == stored and ranks == 1 and config.quantization is None:
+    config, (stored, name) = source.config, _dtype_names(source, dtype)
+    if place.type == "cpu" and name == stored and processes == 1 and config.quantization is None:
         return  # memory-mapped: the system reads what is needed
     memory = _memory(place)
     if place.type == "cpu":
-        memory /= min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    fits, sentence = verdict(estimate(config, Use(dtype=name, context=1, device=_kind(place), gpus=ranks)), memory)
+        memory /= min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    fits, sentence = verdict(estimate(config, Use(dtype=name, context=1, device=_kind(place), gpus=processes)), memory)
     if not fits:
         hint = 'with offload="auto" (`glm fill --offload auto`) layers that do not fit are read as they are needed'
+        if scheme is not None:
+            hint = "fewer bits take less; or store it with `glm quantize`, and offload that"
         raise InputError(sentence, hint=hint, key="model")
 
 
@@ -213,8 +231,7 @@ def _load_what_fits(
 
 def _dtype_names(source: ModelSource, dtype: str | torch.dtype | None) -> tuple[str, str]:
     """The stored type, and the one to compute in."""
-    stored = getattr(source, "dtype", "float16")
-    return stored, stored if dtype is None else dtype_name(resolve_dtype(dtype))
+    return source.dtype, source.dtype if dtype is None else dtype_name(resolve_dtype(dtype))
 
 
 def _kind(place: torch.device) -> str:

@@ -159,16 +159,15 @@ EXPORT int glm_sums(const Matrix *m, const float *x, int32_t *sums, float *scale
 typedef struct {
     const uint8_t *at;
     size_t size;
-    int threads;
     uint64_t sums[256];
 } Reading;
 
 static void read_work(void *context, int thread) {
     Reading *job = context;
-    size_t share = job->size / job->threads & ~(size_t)63;
-    const uint8_t *p = job->at + share * thread;
+    const size_t lines = job->size / 64, threads = pool_threads(); /* that run, be they fewer than were asked for */
+    const uint8_t *p = job->at + lines * thread / threads * 64, *end = job->at + lines * (thread + 1) / threads * 64;
     uint64_t sums[8] = {0};
-    for (size_t k = 0; k < share; k += 64) {
+    for (size_t k = 0; p + k < end; k += 64) {
         __builtin_prefetch(p + k + 4096);
         const uint64_t *line = (const uint64_t *)(p + k);
         for (int i = 0; i < 8; i++) sums[i] += line[i];
@@ -178,7 +177,7 @@ static void read_work(void *context, int thread) {
 
 /* Read memory once from end to end, as the kernels read weights: what their speed is compared with. */
 EXPORT uint64_t glm_read(const void *at, size_t size, int threads) {
-    Reading job = {.at = at, .size = size, .threads = threads};
+    Reading job = {.at = at, .size = size};
     uint64_t sum = 0;
     if (threads > 256) return 0;
     pthread_mutex_lock(&lock);

@@ -60,6 +60,7 @@ class Network(Structure):
         ("alpha", c_float),
         ("epsilon", c_float),
         ("ends", c_int32),
+        ("past", c_int32),
     )
 
 

@@ -101,7 +101,7 @@ static void linear_work(void *context, int thread) {
 static int linear(const Matrix *m, const float *x, int64_t n, int64_t stride, float *y, int64_t y_stride, int threads) {
     Linear job = {.m = m, .x = x, .y = y, .n = n, .stride = stride, .y_stride = y_stride, .threads = threads};
     Space space = space_of(activation_bytes(m, n));
-    if (!space.at) return -1;
+    if (!space.at) return NO_MEMORY;
     job.a = take_activations(&space, m, n);
     pool_run(linear_work, &job, threads);
     return 0;

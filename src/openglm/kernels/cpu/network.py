@@ -19,6 +19,10 @@ from openglm.kernels.cpu.panels import PanelEmbedding, PanelLinear
 
 #: Types that the cache may have, as panels.h counts them.
 CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
+#: The largest head, as in variant.c.
+MOST_HEAD = 512
+#: Bytes of weights that the processor's caches may keep from one pass to the next.
+KEPT = 32 << 20
 
 
 class Pass:
@@ -50,10 +54,7 @@ class Pass:
 
         def described(layer: Any) -> Layer:
             return Layer(
-                matrix(layer.attention.query_key_value),
-                matrix(layer.attention.dense),
-                matrix(layer.mlp.dense_h_to_4h),
-                matrix(layer.mlp.dense_4h_to_h),
+                *(matrix(module) for module in _matrices(layer)),
                 norm(layer.input_layernorm),  # pyright: ignore[reportArgumentType]
                 norm(layer.post_attention_layernorm),  # pyright: ignore[reportArgumentType]
             )
@@ -85,6 +86,10 @@ class Pass:
         self.has_head = head is not None
         self.config = config
         self.threads = torch.get_num_threads()
+        layer = next(iter(network.layers.values()))
+        layer = layer.stream.slots[0] if hasattr(layer, "held") else layer
+        in_layers = config.num_layers * sum(module.matrix.nbytes for module in _matrices(layer))
+        self._past = in_layers + (0 if head is None else head.nbytes) > KEPT
         self._embed = network.embed
         self._rotary = network.rotary
         self._all = self._network(self._layers[0], config.num_layers, True)
@@ -92,16 +97,13 @@ class Pass:
     @staticmethod
     def serves(network: Any) -> bool:
         """True if all matrices of the layers are packed, and whole: a rank that has a part of them must meet the others."""
-        return network.heads == network.config.num_attention_heads and all(
-            isinstance(matrix, PanelLinear)
+        if network.heads != network.config.num_attention_heads or network.config.head_size > MOST_HEAD:
+            return False
+        return all(
+            isinstance(module, PanelLinear)
             for own in network.layers.values()
             for layer in (own.stream.slots if hasattr(own, "held") else [own])
-            for matrix in (
-                layer.attention.query_key_value,
-                layer.attention.dense,
-                layer.mlp.dense_h_to_4h,
-                layer.mlp.dense_4h_to_h,
-            )
+            for module in _matrices(layer)
         )
 
     def __call__(
@@ -120,6 +122,8 @@ class Pass:
         float16 or int8, in which the sequences have ``places``, and into which the tokens' columns go. mask: bool
         ``[b, s, s]`` of prompts, True = may be attended to; behind a prompt, a token sees all before it. rows: int64 ``[n]``
         into ``[b * s]``.
+
+        Raises ``IndexError`` for a position that the rotary tables have not, ``MemoryError``; the cache is then as it was.
         """
         (b, s), hidden = tokens.shape, self.config.hidden_size
         tokens, positions = tokens.contiguous(), positions.contiguous()
@@ -178,7 +182,7 @@ class Pass:
     def _network(self, first: Layer, layers: int, ends: bool) -> Network:
         """Some layers, the first of them given; the last ones have norm and head behind them."""
         head = self._head if ends else Matrix()
-        return Network(ctypes.pointer(first), self._final_norm, head, layers, *self._shape, ends)
+        return Network(ctypes.pointer(first), self._final_norm, head, layers, *self._shape, ends, self._past)
 
     def _run(self, step: Step, network: Network, pool: Any, first: int) -> None:
         before = first * pool.keys.stride(0) * pool.keys.itemsize
@@ -187,4 +191,13 @@ class Pass:
             step.key_scales, step.value_scales = (scales[first].data_ptr() for scales in pool.scales)
         failed = self._library.glm_step(ctypes.byref(network), ctypes.byref(step), self.threads)
         if failed:
-            raise MemoryError("there is no memory for this pass") if failed == -1 else IndexError("a position is out of range")
+            raise _FAILURES[failed]
+
+
+#: What a call came back with, as ``Failure`` of panels.h.
+_FAILURES = {-1: MemoryError("there is no memory for this pass"), -2: IndexError("a position is out of range")}
+
+
+def _matrices(layer: Any) -> tuple[torch.nn.Module, ...]:
+    """The four of a layer, as ``Layer`` of panels.h has them."""
+    return layer.attention.query_key_value, layer.attention.dense, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h

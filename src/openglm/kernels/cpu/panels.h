@@ -38,7 +38,7 @@ typedef struct {
     int32_t *offsets; /* [rows][columns / chunk][2]: what the offset of the codes adds, negated */
     int64_t columns;
     int32_t chunk;
-    int32_t past;     /* the weights are far larger than the caches: fetch them past these */
+    int32_t past;     /* as in Network; only AVX-512 heeds it */
 } Activations;
 
 typedef struct {
@@ -53,6 +53,7 @@ typedef struct {
     int64_t num_layers, hidden, inner, heads, head_size, vocabulary;
     float alpha, epsilon;
     int32_t ends;        /* 0: other layers follow; out is what the last one here gives, without norm and head */
+    int32_t past;        /* the weights of all layers and the head are larger than the caches: fetch them past these */
 } Network;
 
 /* Where a sequence lies in the cache: its columns 0 to `shared` from `prompt` on, the others from `own` on. */
@@ -83,10 +84,13 @@ typedef struct {
     float *logits;                 /* out, [picked][vocabulary], where the head is packed */
 } Step;
 
+/* Why a call did nothing. */
+enum Failure { NO_MEMORY = -1, NO_SUCH_POSITION = -2 /* step: one that is not in the tables */ };
+
 /* What each variant (one compilation of variant.c) offers. */
 typedef struct {
     const char *name;
-    /* All return 0, or -1 where memory is out, step -2 for a position that is not in the tables. One call at a time. */
+    /* All return 0 or a Failure. One call at a time. */
     int (*linear)(const Matrix *, const float *x, int64_t n, int64_t stride, float *y, int64_t y_stride, int threads);
     int (*step)(const Network *, const Step *, int threads);
     int (*sums)(const Matrix *, const float *x, int32_t *sums, float *scales);

@@ -3,7 +3,6 @@
 
 enum {
     FEW_ROWS = 8,       /* up to these each thread norms and quantizes all rows for itself, which is cheaper than a barrier */
-    KEPT = 32 << 20,    /* bytes of weights that caches may keep from one pass to the next */
     AHEAD = 8192,       /* bytes of the next matrix that are fetched while threads meet and norm */
     FEW_HEADS = 4,      /* heads of a token that a thread takes at a time: it fetches the next while it computes one */
     QUERY_BLOCK = 256,  /* queries that share one copy of the keys */
@@ -450,7 +449,7 @@ static int step(const Network *net, const Step *given, int threads) {
     Pass job = {.net = net, .step = given, .threads = threads, .rows = rows};
     int64_t longest = 0;
     for (int64_t row = 0; row < rows; row++)
-        if (given->positions[row] < 0 || given->positions[row] >= given->num_positions) return -2;
+        if (given->positions[row] < 0 || given->positions[row] >= given->num_positions) return NO_SUCH_POSITION;
     for (int64_t i = 0; i < given->sequences; i++)
         longest = given->places[i].length > longest ? given->places[i].length : longest;
     job.prompts = longest == 0 && given->tokens > 1;
@@ -458,12 +457,8 @@ static int step(const Network *net, const Step *given, int threads) {
     size_t shared = (size_t)rows * (6 * hidden + net->inner) * 4 + count * sizeof(Counter) + threads * (sizeof(Rows) + 8) + 12 * 64;
     size_t own = (size_t)rows * hidden * 4 + 64 + activation_bytes(&layer->query_key_value, rows) +
                  activation_bytes(&layer->four_h_to_h, rows) + (net->head.panels ? activation_bytes(&net->head, given->num_picked) : 0);
-    const Matrix *of_layer[] = {&layer->query_key_value, &layer->dense, &layer->h_to_4h, &layer->four_h_to_h};
-    int64_t bytes = 0;
-    for (int i = 0; i < 4; i++) bytes += net->num_layers * panel_count(of_layer[i]) * panel_bytes(of_layer[i]);
-    const int past = bytes > KEPT;
     Space space = space_of(shared + copies * own + threads * (of_attention + 64));
-    if (!space.at || net->head_size > MOST_HEAD) return -1;
+    if (!space.at) return NO_MEMORY;
     job.counters = take(&space, count * sizeof(Counter));
     for (int64_t i = 0; i < count; i++) atomic_init(&job.counters[i].next, 0);
     job.x = take(&space, rows * hidden * 4);
@@ -484,7 +479,7 @@ static int step(const Network *net, const Step *given, int threads) {
         each->narrow = take_activations(&space, &layer->query_key_value, rows);
         each->wide = take_activations(&space, &layer->four_h_to_h, rows);
         if (net->head.panels && i == 0) each->of_head = take_activations(&space, &net->head, given->num_picked);
-        each->narrow.past = each->wide.past = each->of_head.past = past;
+        each->narrow.past = each->wide.past = each->of_head.past = net->past;
     }
     pool_run(pass_work, &job, threads);
     return 0;

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MOST_HEAD 512    /* the largest head */
+#define MOST_HEAD 512    /* the largest head; MOST_HEAD of network.py keeps larger ones away */
 #define SMALLEST 1e-30f /* activations below are 0: the inverse of their scale would overflow */
 
 /* Fetch numbers of 16 bits before they are read. */
