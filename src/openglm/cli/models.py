@@ -101,8 +101,10 @@ def open_source(model: str, *, download: bool = False) -> ModelSource:
 def load_model(
     model: str, *, download: bool = False, draft: str | None = None, memory: float | None = None, **options: Any
 ) -> GLM:
-    """The model, ready to answer; what the loader deduced goes to stderr. ``memory`` in gigabytes, the rest as ``load``
-    has it. Imports torch."""
+    """The model, ready to answer; what the loader deduced goes to stderr. Imports torch.
+
+    ``memory`` in gigabytes; ``options`` are those of ``openglm.load``, and so is what is raised.
+    """
     folder = model_folder(model, download=download)  # a wrong name is told before torch is imported
     if draft is not None and draft != "lookup":
         model_folder(draft)

@@ -49,7 +49,11 @@ class Kernel(Protocol):
         mask: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Logits of all tokens, or of some rows."""
+        """Logits float32 ``[b * s, v]`` of all tokens int64 ``[b, s]``, or ``[n, v]`` of some rows of them; without a head
+        what meets it, ``[..., h]``.
+
+        mask: bool ``[b, s, s]`` of prompts; None: each token sees what is before it, and itself. Raises ``MemoryError``.
+        """
         ...
 
 
