@@ -15,7 +15,6 @@ All from the corpus's validation files, which are read at run time:
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from header import header
 
 from openglm import GLM, OpenGLMError, load
 from openglm.data.readers import Document, read_documents
@@ -219,7 +219,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     model = Path(arguments.model).name
-    report = {"date": datetime.date.today().isoformat(), "machine": arguments.machine, "model": model, **report}
+    report = {**header(machine=arguments.machine), "model": model, **report}
     print(measures_table(report))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ and speed are those of the second half of a run: the mean, and the median.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 import shlex
@@ -21,6 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from header import header
 
 from openglm.checkpoints import open_model
 
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2_000)
     parser.add_argument("--run", action="append", required=True, metavar="NAME[: KEY=VALUE ...]")
     parser.add_argument("--out", type=Path, default=Path("runs/compared"))
+    parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
@@ -76,7 +78,7 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        result = {"date": datetime.date.today().isoformat(), "recipe": str(args.recipe), "samples": args.samples, "rows": rows}
+        result = {**header(machine=args.machine), "recipe": str(args.recipe), "samples": args.samples, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

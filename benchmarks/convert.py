@@ -11,7 +11,6 @@ checkpoint's size of disk.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from header import header
 
 from openglm.checkpoints.layout import expected_shapes
 from openglm.checkpoints.released import _shard_shape
@@ -99,9 +99,7 @@ def main() -> None:
     shutil.rmtree(source)
     if args.json:
         result = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", *sys.argv]),
-            "machine": args.machine,
+            **header(machine=args.machine),
             "bytes": size,
             "RLIMIT_DATA": args.limit,
             "rows": rows,

@@ -1,27 +1,28 @@
 """Speed of every step of `glm data prepare` on one core, and how the cost grows with the size of the corpus.
 
-    python benchmarks/data.py --corpus CORPUS --tokenizer unigram.model [--json FILE]
+    python benchmarks/data.py --corpus CORPUS --tokenizer unigram.model [--megabytes 300] [--json FILE]
 
-Without ``--corpus``, texts are made up (`made_up`), so that anybody can run it; a corpus is better. All times are CPU
-seconds of one process, so other work on the machine disturbs them little. MB are 10^6 bytes of UTF-8 text.
+Without ``--corpus``, texts are made up (`made_up`), so that anybody can run it; a corpus is better. ``--megabytes`` lets the
+largest corpus grow to that size by variations of the documents (`varied`). All times are CPU seconds of one process, so other
+work on the machine disturbs them little. MB are 10^6 bytes of UTF-8 text.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 import random
+import re
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from header import header
 
 from openglm import bundled
 from openglm.data import cleaning, duplicates
@@ -32,7 +33,11 @@ from openglm.data.pieces import Options
 from openglm.data.prepare import prepare
 from openglm.data.readers import Document, find_files, read_documents
 from openglm.tokenizers import load_tokenizer
-from openglm.version import __version__
+
+#: Behind what a text may be cut in two.
+_SENTENCE = re.compile(r"(?<=[.!?。！？\n])")
+#: Shares of documents that are exact copies, and copies but for a sentence.
+COPIES, NEAR_COPIES = 0.05, 0.05
 
 
 def made_up(count: int) -> Iterator[Document]:
@@ -58,6 +63,31 @@ def corpus_documents(folder: Path, count: int) -> list[Document]:
     files = [path for path in find_files([folder]) if not path.name.startswith(("validation", "instructions"))]
     share = -(-count // len(files))
     return [document for path in files for document in itertools.islice(read_documents([path]), share)][:count]
+
+
+def varied(documents: Sequence[Document]) -> Iterator[Document]:
+    """The documents, and then ever more: copies, near copies, and the sentences of two documents of one language by turns."""
+    rng = random.Random(2)
+    yield from documents
+    languages: dict[str | None, list[Document]] = {}
+    for document in documents:
+        languages.setdefault(document.language or identify(document.text), []).append(document)
+    while True:
+        one = rng.choice(documents)
+        kind = rng.random()
+        if kind < COPIES:
+            yield one
+            continue
+        language = one.language or identify(one.text)
+        other = _SENTENCE.split(rng.choice(languages[language]).text)
+        own = _SENTENCE.split(one.text)
+        if kind < COPIES + NEAR_COPIES:
+            own[rng.randrange(len(own))] = rng.choice(other)
+            yield Document("".join(own), language=language)
+        else:
+            rng.shuffle(other)
+            pairs = itertools.zip_longest(own[::2], other[::2], fillvalue="")
+            yield Document("".join(itertools.chain.from_iterable(pairs)), language=language)
 
 
 def measure(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -109,22 +139,32 @@ def steps(documents: list[Document], tokenizer: Any, evaluation: Path | None, fo
     return table
 
 
-def growth(documents: list[Document], sizes: list[int], tokenizer: Path, folder: Path) -> list[dict[str, Any]]:
-    """The whole command at several sizes, in one process, without decontamination (its index costs the same at any size)."""
+def growth(documents: list[Document], largest: int, tokenizer: Path, folder: Path) -> list[dict[str, Any]]:
+    """The whole command at a quarter, a half and all of ``largest`` bytes of text, in one process, without decontamination (its
+    index costs the same at any size)."""
     table = []
-    for count in sizes:
-        path = folder / f"corpus-{count}" / "part.jsonl"
+    for size in (largest // 4, largest // 2, largest):
+        path, out = folder / f"corpus-{size}" / "part.jsonl", folder / f"shards-{size}"
         path.parent.mkdir()
-        rows = (json.dumps({"text": document.text, "id": str(k)}) for k, document in enumerate(documents[:count]))
-        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        out = folder / f"shards-{count}"
+        with path.open("w", encoding="utf-8") as file:
+            written = 0
+            for number, document in enumerate(varied(documents)):
+                if written >= size:
+                    break
+                written += len(document.text.encode())
+                file.write(json.dumps({"text": document.text, "id": str(number)}) + "\n")
         seconds, report = measure(lambda path=path, out=out: prepare([path], out, tokenizer, Options(), workers=1))
         read, kept = report["sources"][0]["read"], report["sources"][0]["kept"]
+        dropped = report["sources"][0]["dropped"]
+        shutil.rmtree(path.parent)
+        shutil.rmtree(out)
         table.append(
             {
                 "documents": read["documents"],
                 "MB": read["bytes"] / 1e6,
                 "tokens_kept": kept["tokens"],
+                "duplicates": dropped.get("duplicate", {}).get("documents", 0),
+                "near_duplicates": dropped.get("near_duplicate", {}).get("documents", 0),
                 "seconds": seconds,
                 "documents_per_second": read["documents"] / seconds,
                 "tokens_per_second": kept["tokens"] / seconds,
@@ -158,25 +198,26 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="folder of texts; without it they are made up")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; without it the bundled one")
     parser.add_argument("--evaluation", type=Path, help="folder of evaluation texts")
-    parser.add_argument("--documents", type=int, default=4000, help="of the largest size")
+    parser.add_argument("--documents", type=int, default=4000, help="of the corpus, or made up")
+    parser.add_argument("--megabytes", type=float, help="of the largest corpus; without it that of the documents")
+    parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
     parser.add_argument("--signatures", type=int, default=400_000, help="of the largest size of the deduplication alone")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     tokenizer_path = args.tokenizer or bundled.find_model("nano") / "unigram.model"
     documents = corpus_documents(args.corpus, args.documents) if args.corpus else list(made_up(args.documents))
     random.Random(1).shuffle(documents)
-    sizes = [len(documents) // 4, len(documents) // 2, len(documents)]
+    largest = round(args.megabytes * 1e6) if args.megabytes else sum(len(each.text.encode()) for each in documents)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = load_tokenizer(tokenizer_path)
         libraries = ("rensa", "ftfy", "py3langid", "sentencepiece")
         result = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, 1 core; CPU seconds",
+            **header(*libraries, machine=args.machine),
+            "clock": "CPU seconds of one process",
             "corpus": "given" if args.corpus else "made up",
-            "versions": {"openglm": __version__, **{name: metadata.version(name) for name in libraries}},
             "steps": steps(documents[: len(documents) // 2], tokenizer, args.evaluation, folder),
-            "growth": growth(documents, sizes, tokenizer_path, folder),
+            "growth": growth(documents, largest, tokenizer_path, folder),
             "deduplication": deduplication([args.signatures // 4, args.signatures // 2, args.signatures]),
         }
     for title in ("steps", "growth", "deduplication"):

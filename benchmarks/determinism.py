@@ -9,13 +9,11 @@ the continuations that are not the same, and those whose log-probabilities diffe
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
+from header import header
 
 import openglm
 from openglm.data.readers import read_documents
@@ -30,6 +28,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     glm = openglm.load(args.model, dtype=args.dtype)
@@ -50,12 +49,11 @@ def main() -> None:
         print(rows[-1])
     if args.json:
         result = {
-            "date": datetime.date.today().isoformat(),
+            **header(device=glm.engine.device, machine=args.machine),
             "model": Path(args.model).name,
             "batch": args.batch,
             "kernel": glm.engine.kernel is not None,
             "dtype": str(glm.engine.dtype),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "rows": rows,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

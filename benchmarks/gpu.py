@@ -13,9 +13,7 @@ scales, biases and norms once, and the keys and values of its context.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import json
 import os
 import statistics
@@ -30,6 +28,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
+from header import header
 from torch import Tensor
 
 from openglm.config import ModelConfig, QuantizationScheme
@@ -312,15 +311,12 @@ def main() -> int:
     config = ModelConfig.preset("nano", **SMOKE) if args.smoke else ModelConfig.preset(args.model)
     context, short = (20, 16) if args.smoke else (args.context, 256)
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        **header("triton", device=device),
         "gpu": torch.cuda.get_device_name(device) if clock.on_gpu else "none: interpreted on a CPU",
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
         "model": "smoke" if args.smoke else args.model,
         **ceilings(device, clock),
     }
-    print(f"{result['gpu']}, torch {result['torch']}, Triton {result['triton']}")
+    print(f"{result['gpu']}, torch {result['versions']['torch']}, Triton {result['versions']['triton']}")
     copy, matmul = result["copy_bytes_per_second"], result["matmul_flops_per_second"]
     print(f"copy {copy / 1e12:.3f} TB/s, product {matmul / 1e12:.1f} TFLOP/s", flush=True)
     if args.tune:

@@ -9,7 +9,6 @@ of the layers' matrices, every weight over the root mean square of its row: a ta
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from header import header
 
 import openglm
 from openglm.bundled import find_model
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", required=True, metavar="NAME: FOLDER")
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--texts", type=int, default=40, help="of each file")
+    parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -128,7 +129,7 @@ def main() -> None:
     if args.plot:
         draw(rows, args.plot)
     if args.json:
-        result = {"date": datetime.date.today().isoformat(), "texts": len(texts), "rows": rows}
+        result = {**header(machine=args.machine), "texts": len(texts), "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,6 @@ scored; at the start of a document or window the model backs off to the words th
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import resource
 import sys
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from header import header
 
 from openglm.data.shards import Shard, open_shards
 from openglm.errors import DataError, OpenGLMError
@@ -204,8 +204,7 @@ def run(arguments: argparse.Namespace) -> dict:
     print(f"{len(tokens):,} tokens of {len(chosen)} shards, {', '.join(kinds)}", flush=True)
     model = KneserNey(tokens, tokenizer.vocab_size, end, arguments.order)
     report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": arguments.machine,
+        **header(machine=arguments.machine),
         "model": f"{arguments.order}-gram, interpolated modified Kneser-Ney, {tokenizer.vocab_size:,} ids",
         "window": arguments.window,
         "training": {

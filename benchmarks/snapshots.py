@@ -9,9 +9,7 @@ time of the recipe's interval between two snapshots. Both kinds of stretch take 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -19,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from header import header
 
-import openglm
 from openglm.infilling import Batch, generation_sample
 from openglm.models.glm130b import GLM130B
 from openglm.training.model import MasterWeights
@@ -36,6 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of a stretch")
+    parser.add_argument("--machine", default="", help="what the machine is, in words, for the JSON file")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -91,13 +90,7 @@ def main() -> None:
     for name, value in row.items():
         print(f"{name:28} {value}")
     if args.json:
-        result = {
-            "date": datetime.date.today().isoformat(),
-            "command": f"python benchmarks/snapshots.py --recipe {args.recipe} --threads {args.threads} --rounds {args.rounds}",
-            "machine": f"{platform.machine()}, {args.threads} threads",
-            "versions": {"openglm": openglm.__version__, "torch": torch.__version__},
-            "rows": [row],
-        }
+        result = {**header(machine=args.machine), "rows": [row]}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

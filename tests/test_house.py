@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from openglm.config import PRESETS, ModelConfig
 from openglm.errors import ConfigError, OpenGLMError
 
 PACKAGE = Path(openglm.__file__).parent
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 #: A room imports only from rooms on lower floors, or from itself (docs/architecture.md).
 FLOORS = {
@@ -138,3 +141,18 @@ def test_every_error_is_documented_and_exits_with_2():
             assert kind.exit_code == 2 and kind.__doc__ and name in (errors.__doc__ or "")
     error = OpenGLMError("x is wrong", hint="do y", path="f", key="k")
     assert str(error) == "x is wrong; do y" and error.path == Path("f") and error.key == "k"
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)
+def test_every_result_says_when_how_and_where_it_was_measured(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert path.name.startswith(result["date"]) and result["machine"]
+    commands = result["command"] if isinstance(result["command"], list) else [result["command"]]
+    for command in commands:
+        program, *words = shlex.split(command)
+        if program == "python":
+            assert (BENCHMARKS.parent / words[0]).is_file()
+            own = (BENCHMARKS.parent / words[0]).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in own for word in words if word.startswith("--"))
+        else:
+            assert program == "glm"

@@ -1,7 +1,8 @@
-"""The measures of the bundled model: the n-gram model it is compared with, and the fixed blanks."""
+"""The measures of the bundled model: the n-gram model it is compared with, and the fixed blanks; and what is timed."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_network import SMALL, random_state
 
 from openglm import GLM, load_tokenizer
@@ -24,7 +26,9 @@ END = 0
 
 
 def load_script(name: str):
-    """A benchmark as a module; benchmarks are scripts, not a package."""
+    """A benchmark as a module; benchmarks are scripts, not a package, and find header.py beside them."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -244,3 +248,26 @@ def test_with_the_left_side_only_nothing_behind_a_blank_matters(documents, token
     # As many tokens as are missing, unless the model ends before.
     assert all(len(answer) <= len(blank.answer) and ended for blank, (answer, ended) in zip(blanks, answers, strict=True))
     assert any(len(answer) == len(blank.answer) for blank, (answer, _) in zip(blanks, answers, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training step
+
+
+def test_what_is_timed_beside_blank_masks_computes_as_much():
+    training = load_script("training")
+    config = training.shape("tiny", 64)
+    blanks = training.blanks(config, 2, 64)
+    causal = training.Batch.stack(training.causal(config, blanks))
+    packed = training.Batch.aggregate(training.aggregated(config, blanks, 4), 64)
+    targets = [int((batch.targets >= 0).sum()) for batch in (training.Batch.stack(blanks), causal, packed)]
+    assert len(set(targets)) == 1 and causal.tokens.shape == packed.tokens.shape == (2, 64)
+    # Without a mask and by the causal kernel: the same losses as through the mask that says so.
+    network = training.GLM130B(config).initialize(0)
+    masked, plain = (
+        training.Ours(copy.deepcopy(network), "float32", causal, training.Variant("", rows)).model for rows in ("blanks", "causal")
+    )
+    expected = masked.losses(causal)
+    causal.mask.fill_(True)
+    torch.testing.assert_close(plain.losses(causal), expected)
+    assert not torch.allclose(masked.losses(causal), expected)

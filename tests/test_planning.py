@@ -14,10 +14,12 @@ from openglm.errors import InputError
 from openglm.models.glm130b import GLM130B
 from openglm.parallel.layout import ParallelLayout
 from openglm.planning import GPUS, Cluster, Layout, Workload, calibrate, make_plan, paper_efficiency, process_memory, search
-from openglm.planning.hardware import find_gpu, parse_gpus
+from openglm.planning.hardware import find_gpu, gpu_of_device, parse_gpus
 from openglm.planning.layout import cut_layers
 from openglm.planning.memory import GIB, fullest_stage, layer_activations, snapshot_bytes, stage_memory, stage_parameters
 from openglm.planning.timing import paper_case, step_time, utilization
+from openglm.training.dry_run import layout_of, plan_of
+from openglm.training.recipe import read_recipe
 
 PAPER = ["--model", "130b", "--gpus", "96x8", "--gpu", "a100-40", "--batch", "4224", "--precision", "fp16"]
 LAYOUT = ["--tensor", "4", "--pipeline", "8", "--micro-batch", "1", "--zero", "1", "--recompute", "partitioned"]
@@ -169,10 +171,21 @@ def test_memory_of_one_process_names_its_terms():
     assert sizes["master weights"] == 4 * count and sizes["working copy"] == sizes["gradients"] == 2 * count
     assert sizes["AdamW moments"] == 8 * count
     assert {term.name for term in memory.terms if term.basis == "fitted"} == {"holes in the heap"}
+    assert sizes["snapshot copy"] == memory.total - process_memory(workload, 4, snapshots=False).total == 12 * count
     assert process_memory(workload, 4, loss_share=0.1).total < memory.total
     small = process_memory(Workload(workload.config, 2, 16), 1)
-    assert small.moment == "update" and small.total == 18 * count
-    assert process_memory(Workload(workload.config, 1, 16, "fp32"), 1).total == 16 * count
+    assert small.moment == "update" and small.total == 30 * count
+    assert process_memory(Workload(workload.config, 1, 16, "fp32"), 1).total == 28 * count
+
+
+def test_a_dry_run_plans_the_gradients_that_the_layouts_sum(request):
+    recipe = read_recipe(request.config.rootpath / "recipes" / "130b.toml")
+    plan = plan_of(recipe, layout_of(recipe, None), Cluster(96, 8, GPUS["a100-40"]), paper_efficiency())
+    assert plan.workload.precision == "fp16"
+    assert plan.memory.group("gradients") == 2 * plan.memory.group("weights")  # 4 bytes beside 2
+    original = dataclasses.replace(plan.workload, float32_gradients=False)
+    assert fullest_stage(original, plan.layout).group("gradients") == plan.memory.group("weights")
+    assert step_time(original, plan.layout, plan.cluster, paper_efficiency()).seconds < plan.time.seconds
 
 
 # Impossible layouts.
@@ -219,6 +232,22 @@ def test_gpus_are_needed_and_read():
     assert find_gpu("h200").peak_tflops("bf16") == 989
     with pytest.raises(InputError):
         parse_gpus("0x8")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("Tesla V100-SXM2-32GB", "v100-32"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Quadro P400", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_of_its_driver(name, gpu):
+    assert gpu_of_device(name) is (GPUS[gpu] if gpu else None)
 
 
 # Searches.

@@ -72,6 +72,12 @@ def find_gpu(name: str) -> Gpu:
     raise InputError(f"there are no figures for a GPU `{name}`", hint=hint, key="gpu")
 
 
+def gpu_of_device(name: str) -> Gpu | None:
+    """The GPU of ``GPUS`` that a driver calls ``name``, "NVIDIA A100-SXM4-40GB" for one; None if it is none of them."""
+    plain = re.sub("[^a-z0-9]", "", name.lower())
+    return next((gpu for key, gpu in GPUS.items() if all(part in plain for part in key.split("-"))), None)
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Servers with equal GPUs."""

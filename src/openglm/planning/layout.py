@@ -26,6 +26,8 @@ class Workload:
     """"bf16", "fp16" (both with float32 masters and moments) or "fp32"."""
     fused_attention: bool = True
     """Whether attention never stores its scores; False: materialised, with a softmax in float32, as in 2022."""
+    float32_gradients: bool = False
+    """Whether gradients of fp16 are summed in float32, as `parallel/` does it; False: in float16, as the original did."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("sequence", 1)):

@@ -10,14 +10,17 @@ from openglm.planning.layout import Layout, Workload, cut_layers
 GIB = 2**30
 #: Bytes a number of the computation.
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
-#: Bytes a gradient. FSDP2 accumulates those of bfloat16 weights in float32; the original kept float16 ones in float16.
-GRADIENT_WIDTH = {"bf16": 4, "fp16": 2, "fp32": 4}
 #: Bytes of AdamW a parameter: two float32 moments, and a float32 master where the weights are narrower.
 OPTIMIZER_WIDTH = {"bf16": 12, "fp16": 12, "fp32": 8}
 #: Bytes a logit at the worst moment, the backward pass of the loss: float32 softmax, gradients before and after it.
 LOGIT_WIDTH = 12
 #: Assumed: driver, CUDA context, communication channels, what the allocator cannot use, GB that are no GiB.
 RESERVE = 2 * GIB
+
+
+def gradient_width(workload: Workload) -> int:
+    """Bytes a gradient. FSDP2 sums those of half-precision weights in float32; the original kept float16 ones in float16."""
+    return 2 if workload.precision == "fp16" and not workload.float32_gradients else 4
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def stage_memory(workload: Workload, layout: Layout, stage: int) -> StageMemory:
 def _state(workload: Workload, layout: Layout, parameters: int) -> list[Term]:
     rows = (
         ("weights", WIDTH[workload.precision], 3),
-        ("gradients", GRADIENT_WIDTH[workload.precision], 2),
+        ("gradients", gradient_width(workload), 2),
         ("optimizer", OPTIMIZER_WIDTH[workload.precision], 1),
     )
     terms = []
@@ -149,7 +152,7 @@ def _buffers(workload: Workload, layout: Layout) -> list[Term]:
         size += 4 * hidden
         parts.append("two sent and two received hidden states")
     if layout.data > 1:
-        size += layer * GRADIENT_WIDTH[workload.precision]
+        size += layer * gradient_width(workload)
         parts.append("one layer's gradients on their way")
         if layout.zero == 3:
             size += 2 * layer * WIDTH[workload.precision]

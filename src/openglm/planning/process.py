@@ -38,11 +38,12 @@ class ProcessMemory:
         return sum(term.bytes for term in getattr(self, moment))
 
 
-def process_memory(workload: Workload, micro_batch: int, *, loss_share: float = 1.0) -> ProcessMemory:
+def process_memory(workload: Workload, micro_batch: int, *, loss_share: float = 1.0, snapshots: bool = True) -> ProcessMemory:
     """Memory of a run whose micro-batches hold ``micro_batch`` whole samples of ``workload.sequence`` tokens.
 
     ``workload.precision``: "bf16" (a working copy beside float32 masters) or "fp32". ``loss_share``: part of the tokens
-    that carry loss; only these go through the head. Nothing is recomputed and nothing is shared.
+    that carry loss; only these go through the head. ``snapshots``: whether one is on its way to the disk, as in every run of
+    `glm train` after each ``run.snapshot_every`` steps. Nothing is recomputed and nothing is shared.
     """
     config, width = workload.config, WIDTH[workload.precision]
     count = config.parameter_count
@@ -54,6 +55,8 @@ def process_memory(workload: Workload, micro_batch: int, *, loss_share: float = 
     if width < 4:
         state.append(Term("working copy", width * count, f"{billions} x {width} bytes"))
     state.append(Term("AdamW moments", 8 * count, f"{billions} x 2 x 4 bytes"))
+    if snapshots:
+        state.append(Term("snapshot copy", 12 * count, f"{billions} x 12 bytes, while it is written beside the run"))
     layer = layer_activations(workload, tokens)
     activations = config.num_layers * layer + 2 * tokens * config.head_size * width + 2 * rows * config.hidden_size * width
     backward = [

@@ -10,7 +10,7 @@ from openglm.config import ModelConfig
 from openglm.errors import InputError
 from openglm.planning.hardware import Cluster, find_gpu
 from openglm.planning.layout import Layout, Workload, cut_layers
-from openglm.planning.memory import GRADIENT_WIDTH, WIDTH, outer_stages, stage_parameters
+from openglm.planning.memory import WIDTH, gradient_width, outer_stages, stage_parameters
 
 #: Assumed: share of a link's or network's bandwidth that large transfers reach.
 ACHIEVED_BANDWIDTH = 0.8
@@ -128,7 +128,7 @@ def _costs(workload: Workload, layout: Layout, cluster: Cluster) -> _Costs:
     # Forward and back again; each tensor rank sends its part.
     transfer = 2 * hidden / t / speed(layout.gpus) if layout.pipeline > 1 else 0.0
     parameters = max(stage_parameters(config, layout, stage) for stage in outer_stages(layout))
-    weights, gradients = parameters * WIDTH[workload.precision], parameters * GRADIENT_WIDTH[workload.precision]
+    weights, gradients = parameters * WIDTH[workload.precision], parameters * gradient_width(workload)
     ring = (d - 1) / d / speed(t * d)
     gather = {2: gradients, 3: gradients + 2 * weights}.get(layout.zero, 0) * ring
     exchange = {0: 2 * gradients, 1: gradients + weights, 2: weights, 3: 0}[layout.zero] * ring

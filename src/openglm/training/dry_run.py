@@ -50,7 +50,7 @@ def plan_of(recipe: Recipe, layout: ParallelLayout, cluster: Cluster, efficiency
     """Memory and time of the recipe's steps. A mean sample counts as a full window."""
     r, p = recipe.run, recipe.parallel
     window = recipe.objectives.long_window if r.aggregate else recipe.objectives.window
-    workload = Workload(recipe.model.config(), r.batch_size, window, _PRECISIONS[r.precision])
+    workload = Workload(recipe.model.config(), r.batch_size, window, _PRECISIONS[r.precision], float32_gradients=True)
     # Weights stay gathered between micro-batches of a pipeline; without one gradients are sharded at once.
     zero = 3 if p.reshard else 1 if layout.pipeline > 1 else 2
     spread = Layout(
