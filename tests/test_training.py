@@ -393,7 +393,9 @@ def test_the_head_start_is_the_frequency_of_each_token_and_leaves_the_layers_alo
     config = ModelConfig(2, 32, 2, 64, vocab_size=640, max_sequence_length=64)
     counts = np.random.default_rng(0).zipf(1.5, 640).clip(max=10_000)
     network = GLM130B(config).initialize(0)
-    give_head_start(network, counts, embedding_scale=1e-6)  # so that nothing else speaks
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            give_head_start(name, parameter, counts, embedding_scale=1e-6)  # so that nothing else speaks
     tokens = torch.randint(0, 640, (2, 12))
     positions = torch.arange(12).expand(2, 12)
     log_p = network(tokens, positions).log_softmax(-1)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openglm.checkpoints import load_into, open_model, save_checkpoint
+from openglm.checkpoints import load_into, save_checkpoint
+from openglm.checkpoints.format import check_shape
 from openglm.config import ModelConfig
 from openglm.data.loader import Loader, Rows
 from openglm.data.mixture import Mixture
@@ -26,7 +27,7 @@ from openglm.parallel.execution import Execution
 from openglm.parallel.stage import fill, parallelize
 from openglm.storage import exclusive, remove
 from openglm.tokenizers import load_tokenizer
-from openglm.training.head_start import give_head_start
+from openglm.training.first_weights import first_weights
 from openglm.training.metrics import Recorder
 from openglm.training.model import MasterWeights, ShardedModel, TrainingModel
 from openglm.training.ranks import Ranks, check_batch, connect
@@ -39,8 +40,6 @@ from openglm.training.validation import Validator
 
 #: Bytes of token shards from which on comparing them with their checksums is told.
 LARGE = 4_000_000_000
-#: Samples whose targets are counted for ``model.head_start``.
-HEAD_START_SAMPLES = 4_000
 
 #: Called after every step with the progress, the step's result, and tokens a second.
 Watcher = Callable[[Progress, StepResult, float], None]
@@ -107,13 +106,12 @@ def build_model(
     if why:
         log(f"the layers are not compiled: {why}")
     compile = recipe.run.compile and why is None
+    source = first_weights(recipe, config, mixture)
+    with torch.device("meta"):  # each process fills its part of every tensor in turn, and never holds the whole network
+        network = GLM130B(config)
     if ranks.mesh is None:
-        network = GLM130B(config)
-        first_weights(network, recipe, mixture)
-        return MasterWeights(network.to(device), recipe.run.precision, compile=compile)
+        return MasterWeights(load_into(network, source, "float32", device), recipe.run.precision, compile=compile)
     p = recipe.parallel
-    with torch.device("meta"):
-        network = GLM130B(config)
     stage = parallelize(
         network,
         ranks.layout,
@@ -124,16 +122,13 @@ def build_model(
         compile=compile,
     )
     stage.to_empty(device=device)
-    # Every process makes the whole weights in turn and keeps its part. That is for models that fit a host's memory;
-    # larger ones start from a checkpoint, whose tensors come one by one.
-    if recipe.model.initial:
-        source = open_model(recipe.model.initial)
-        fill(stage, lambda name, _: source.tensor(name).float())
-    else:
-        whole = GLM130B(config)
-        first_weights(whole, recipe, mixture)
-        weights = whole.state_dict()
-        fill(stage, lambda name, _: weights[name])
+
+    def whole(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = source.tensor(name).float()
+        check_shape(None, name, tuple(tensor.shape), shape)
+        return tensor
+
+    fill(stage, whole)
     dtype = getattr(torch, recipe.run.precision)
     return ShardedModel(Execution(stage, ranks.layout, ranks.mesh, dtype))
 
@@ -146,16 +141,6 @@ def _why_not_compile(recipe: Recipe, ranks: Ranks) -> str | None:
     if max(*values_of(o.hidden_dropout), *values_of(o.attention_dropout), 0.0) > 0:
         return "compiled dropout would draw other masks, and compile anew with every change of a schedule"
     return next((why for why in ranks.gather(why_not(recipe.run.device)) if why), None)
-
-
-def first_weights(network: GLM130B, recipe: Recipe, mixture: Mixture) -> None:
-    """Fill a plain network: from a checkpoint, or by its initialisation and the recipe's head start."""
-    network.initialize(recipe.run.seed)
-    if recipe.model.initial:
-        load_into(network, open_model(recipe.model.initial), "float32", "cpu")
-    elif recipe.model.head_start:
-        counts = mixture.target_counts(HEAD_START_SAMPLES, network.config.vocab_size)
-        give_head_start(network, counts, recipe.model.embedding_scale)
 
 
 class Run:
