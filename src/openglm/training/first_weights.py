@@ -1,4 +1,4 @@
-"""How the weights of a run begin: whole tensors, one at a time, so that a process holds its part of the network and one more."""
+"""How the weights of a run begin: one whole tensor at a time, so that no process holds more than its part and one of them."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def _verify(shards: list[Shard], folder: Path, ranks: Ranks, log: Callable[[str]
             raise error
 
 
-def configure(recipe: Recipe, vocab_size: int, special: dict[str, int]) -> ModelConfig:
-    """The network's configuration with the tokenizer's ids."""
+def configure(recipe: Recipe, vocab_size: int, special: dict[str, int], learned: tuple[str, ...]) -> ModelConfig:
+    """The network's configuration with the tokenizer's ids and the kinds of blanks that the samples hold."""
     config = recipe.model.config()
     if config.vocab_size < vocab_size:
         raise ConfigError(
@@ -92,8 +92,6 @@ def configure(recipe: Recipe, vocab_size: int, special: dict[str, int]) -> Model
             key="vocab_size",
         )
     own = {name: token for name, token in special.items() if name != "unk"}
-    share = 1.0 if recipe.objectives.unidirectional else recipe.objectives.generation_share
-    learned = ("[MASK]", "[gMASK]") if 0 < share < 1 else ("[gMASK]",) if share else ("[MASK]",)
     return dataclasses.replace(config, special_tokens=own, learned_masks=learned)
 
 
@@ -163,7 +161,6 @@ class Run:
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         validation = [shard for shard in shards if shard.info.name.startswith("validation")]
         training = [shard for shard in shards if not shard.info.name.startswith("validation")]
-        self.config = configure(recipe, self.tokenizer.vocab_size, dict(self.tokenizer.special_tokens))
         self.mixture = Mixture(
             training,
             self.tokenizer,
@@ -172,6 +169,8 @@ class Run:
             weights=recipe.data.weights,
             caps=recipe.data.caps,
         )
+        special = dict(self.tokenizer.special_tokens)
+        self.config = configure(recipe, self.tokenizer.vocab_size, special, self.mixture.masks)
         self.rows = Rows(recipe.run.micro_tokens, recipe.objectives.long_window if recipe.run.aggregate else 0)
         self.validator = Validator(validation, self.tokenizer, windows=recipe.run.validation_windows)
         model = build_model(recipe, self.config, self.mixture, ranks, self.log)
