@@ -128,6 +128,50 @@ def test_samples_fit_their_windows_and_have_the_right_shares(mixture):
     assert abs(sum(len(s.layout) for s in samples if s.objective == "instruction") / tokens - 0.05) < 0.015
 
 
+def test_sentence_blanks_are_laid_out_as_the_spec_says_and_take_the_place_of_word_blanks(shards, tiny_tokenizer_path):
+    def made(**changes) -> Mixture:
+        objectives = Objectives(window=64, long_window=128, instruction_share=0.0, **changes)
+        return Mixture(shards, load_tokenizer(tiny_tokenizer_path), objectives, seed=7)
+
+    plain, mixed = made(), made(sentence_share=0.2)
+    assert (plain.masks, mixed.masks) == (("[MASK]", "[gMASK]"), ("[MASK]", "[gMASK]", "[sMASK]"))
+    special, shuffled, found = mixed.special, False, 0
+    for number in range(800):
+        sample, before = mixed.sample(number), plain.sample(number)
+        layout = sample.layout
+        if sample.objective != "[sMASK]":
+            assert sample.objective == before.objective
+            assert layout.tokens.tolist() == before.layout.tokens.tolist()
+            continue
+        found += 1
+        assert before.objective == "[MASK]" and len(layout) <= 64
+        part_a, part_b = np.split(layout.tokens, [layout.context])
+        assert part_a[-1] == special["eos"] and not {special["[MASK]"], special["[gMASK]"]} & {*part_a}
+        blanks = np.flatnonzero(part_a == special["[sMASK]"])
+        opens = np.flatnonzero(part_b == special["sop"])
+        spans = np.split(part_b, opens[1:])
+        assert (layout.positions[: layout.context] == np.arange(layout.context)).all()
+        places = layout.positions[layout.context :][opens]
+        assert sorted(places) == blanks.tolist()  # each blank is filled once
+        shuffled |= places.tolist() != blanks.tolist()
+        assert layout.positions[layout.context :].tolist() == [p for p, span in zip(places, spans, strict=True) for _ in span]
+        expected = [token for span in spans for token in (*span[1:], special["eop"])]
+        assert layout.targets.tolist() == [NO_TARGET] * layout.context + expected
+        for place, span in zip(places, spans, strict=True):
+            assert mixed.ends[span[-1]] or place == layout.context - 2  # up to the end of a sentence, or of the text
+            if place:  # from the end of another one, which may itself be blank, but is not, for blanks never touch
+                assert mixed.ends[part_a[place - 1]]
+    assert shuffled and found == pytest.approx(160, abs=35)
+
+
+def test_a_text_of_one_sentence_has_blanks_of_words(tmp_path, tiny_tokenizer_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "The cat sat on the mat."}\n')
+    write_shards([tmp_path], tmp_path / "out", tiny_tokenizer_path, workers=1)
+    objectives = Objectives(generation_share=0.0, sentence_share=1.0)
+    samples = Mixture(open_shards(tmp_path / "out"), load_tokenizer(tiny_tokenizer_path), objectives, seed=1)
+    assert {samples.sample(i).objective for i in range(20)} == {"[MASK]"}
+
+
 def test_a_causal_twin_reads_the_same_text_as_plain_language_modelling(mixture, shards, tiny_tokenizer_path):
     objectives = dataclasses.replace(mixture.objectives, unidirectional=True)
     twin = Mixture(shards, load_tokenizer(tiny_tokenizer_path), objectives, seed=7, weights={"zh": 2.0})

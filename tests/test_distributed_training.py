@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from openglm.checkpoints import open_model
-from openglm.data.shards import write_shards
+from openglm.data.mixture import Mixture
+from openglm.data.shards import open_shards, write_shards
+from openglm.models.glm130b import GLM130B
 from openglm.parallel.layout import ParallelLayout
 from openglm.parallel.tensor import local
-from openglm.training.model import ShardedModel
+from openglm.tokenizers import load_tokenizer
+from openglm.training.model import ShardedModel, TrainingModel
+from openglm.training.ranks import connect
 from openglm.training.recipe import read_recipe
-from openglm.training.run import train
+from openglm.training.run import build_model, train
 from openglm.training.step import Trainer
 
 SHAPE = (
@@ -118,6 +122,68 @@ def test_snapshots_load_on_any_layout(workers, data, alone, tmp_path) -> None:
             said = workers.run(layout.world_size, run, layout, out, data)[0]
         assert any("resumed from `samples-0000000032`" in line for line in said)
         assert_same_run(out, alone, from_step=steps + 1)
+
+
+def built(layout: ParallelLayout, changes: tuple[str, ...]) -> TrainingModel:
+    os.environ["WORLD_SIZE"] = str(layout.world_size)
+    parallel = (f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}")
+    recipe = read_recipe(None, [*changes, *parallel])
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    mixture = Mixture(open_shards(recipe.data.corpus), tokenizer, recipe.objectives, seed=recipe.run.seed)
+    return build_model(recipe, recipe.model.config(), mixture, connect(recipe))
+
+
+def first_weights(layout: ParallelLayout, changes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in built(layout, changes).whole_weights()}
+
+
+@pytest.mark.parametrize(
+    ("start", "layout"),
+    [
+        ("fresh", ParallelLayout(pipeline=2)),
+        ("head start", ParallelLayout(tensor=2)),
+        ("checkpoint", ParallelLayout(data=2)),
+    ],
+    ids=str,
+)
+def test_a_run_begins_with_the_same_weights_on_any_layout(workers, data, alone, start: str, layout: ParallelLayout) -> None:
+    begin = {
+        "fresh": (),
+        "head start": ("model.head_start=true", "model.embedding_scale=0.5"),
+        "checkpoint": (f'model.initial="{alone / "model"}"',),
+    }
+    changes = (*data, *begin[start])
+    expected = first_weights(ParallelLayout(), changes)
+    found: dict[str, torch.Tensor] = {}
+    for weights in workers.run(2, first_weights, layout, changes):
+        found |= weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    if start == "fresh":
+        recipe = read_recipe(None, list(changes))
+        network = GLM130B(recipe.model.config()).initialize(recipe.run.seed)
+        assert all(torch.equal(found[name], parameter) for name, parameter in network.named_parameters())
+
+
+def memory_to_build(layout: ParallelLayout, changes: tuple[str, ...]) -> tuple[int, int]:
+    """Bytes by which building the model raised this process's memory, at the most; and bytes of all float32 weights."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    model = built(layout, changes)
+    return status("VmHWM") - before, 4 * model.network.config.parameter_count
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is asked of Linux")
+def test_no_process_ever_holds_the_whole_network(workers, data) -> None:
+    shape = "num_layers=16,vocab_size=640,hidden_size=512,num_attention_heads=4,inner_hidden_size=2048,max_sequence_length=128"
+    changes = (*data, f"model.changes={{{shape}}}")
+    for peak, whole in workers.run(2, memory_to_build, ParallelLayout(data=2), changes):
+        assert 0.5 * whole < peak < 0.75 * whole  # its half, and one matrix
 
 
 def run_with_overflows(layout: ParallelLayout, out: Path, changes: tuple[str, ...], rank: int, steps: tuple[int, ...]) -> list:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from openglm.checkpoints import open_model
-from openglm.config import ModelConfig
+from openglm.config import MASK_KINDS, ModelConfig
 from openglm.data.loader import Rows, make_batch
 from openglm.data.mixture import Mixture, Objectives
 from openglm.data.shards import open_shards, write_shards
@@ -82,6 +82,7 @@ def test_recipes_of_the_repository_are_valid(request):
         ("run.log_every=0", "`run.log_every` is 0"),
         ("objectives.mean_span=0", "`objectives.mean_span` is 0"),
         ("objectives.generation_share=1.5", "`objectives.generation_share` is 1.5"),
+        ("objectives.sentence_share=0.5", "`objectives.sentence_share` is 0.5, but must be in 0..1 together with"),
         ("model.preset=nanno", "did you mean `nano`"),
         ("objectives.window=4096", "the model's context of 1024"),
         ("samples", "section.key=value"),
@@ -354,10 +355,20 @@ def test_a_damaged_token_shard_is_named_before_the_first_step(tmp_path, tiny_cor
     train(read_recipe(None, [*given, "data.verify=false"]), tmp_path / "run", log=lambda _: None)
 
 
-def test_a_causal_twin_knows_gmask_alone(tmp_path, tiny_corpus, tiny_tokenizer_path) -> None:
-    given = (*TINY, f'data.corpus="{tiny_corpus}"', f'data.tokenizer="{tiny_tokenizer_path}"', "run.samples=4")
-    model = train(read_recipe(None, [*given, "objectives.unidirectional=true"]), tmp_path, log=lambda _: None)
-    assert open_model(model).config.learned_masks == ("[gMASK]",)
+@pytest.mark.parametrize(
+    ("changes", "masks"),
+    [
+        (("objectives.unidirectional=true",), ("[gMASK]",)),
+        (("objectives.generation_share=1",), ("[MASK]", "[gMASK]")),  # of the instructions
+        (
+            ("objectives.generation_share=0.7", "objectives.sentence_share=0.3", "objectives.instruction_share=0"),
+            MASK_KINDS[1:],
+        ),
+    ],
+)
+def test_a_model_knows_the_masks_of_its_samples(recipe, tmp_path, changes, masks) -> None:
+    model = train(recipe("run.samples=4", *changes), tmp_path, log=lambda _: None)
+    assert open_model(model).config.learned_masks == masks
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(recipe, tmp_path):
@@ -393,7 +404,9 @@ def test_the_head_start_is_the_frequency_of_each_token_and_leaves_the_layers_alo
     config = ModelConfig(2, 32, 2, 64, vocab_size=640, max_sequence_length=64)
     counts = np.random.default_rng(0).zipf(1.5, 640).clip(max=10_000)
     network = GLM130B(config).initialize(0)
-    give_head_start(network, counts, embedding_scale=1e-6)  # so that nothing else speaks
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            give_head_start(name, parameter, counts, embedding_scale=1e-6)  # so that nothing else speaks
     tokens = torch.randint(0, 640, (2, 12))
     positions = torch.arange(12).expand(2, 12)
     log_p = network(tokens, positions).log_softmax(-1)

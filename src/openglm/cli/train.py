@@ -125,8 +125,9 @@ def train(
     if as_json:
         console.write_json({"model": str(model)})
     else:
-        fills = read.objectives.generation_share < 1 and not read.objectives.unidirectional
-        example = f'glm fill -m {model} "The sky is [MASK]."' if fills else f'glm generate -m {model} "Once upon a time"'
+        mask = read.objectives.masks[0]
+        fills = f'glm fill -m {model} "The sky is {mask}."'
+        example = f'glm generate -m {model} "Once upon a time"' if mask == "[gMASK]" else fills
         console.note(f"the model is in `{model}`; try it: {example}")
 
 

@@ -32,7 +32,9 @@ class Objectives:
     """Window of a ``long_share`` of the [gMASK] samples."""
     long_share: float = 0.1
     generation_share: float = 0.7
-    """Share of [gMASK] among the samples of running text; the rest is [MASK]."""
+    """Share of [gMASK] among the samples of running text."""
+    sentence_share: float = 0.0
+    """Share of [sMASK], whole sentences as blanks (SPEC 3.4.4; GLM-10B had 0.3, GLM-130B none). The rest is [MASK]."""
     instruction_share: Schedule = field(default=0.05, metadata={"schedule": True})
     """Share of instructions, in tokens; a number or a schedule over samples."""
     mask_ratio: float = 0.15
@@ -44,6 +46,15 @@ class Objectives:
     unidirectional: bool = False
     """Plain language modelling, for a causal twin: every sample is [gMASK] with nothing in part A, and all of it is target."""
 
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Kinds of blanks in the samples of running text: what a model learns to fill."""
+        if self.unidirectional:
+            return ("[gMASK]",)
+        blanks = 1 - self.generation_share - self.sentence_share
+        shares = {"[MASK]": blanks, "[gMASK]": self.generation_share, "[sMASK]": self.sentence_share}
+        return tuple(kind for kind, share in shares.items() if share > 1e-9)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -51,7 +62,7 @@ class Sample:
 
     layout: Layout
     objective: str
-    """"[MASK]", "[gMASK]" or "instruction"."""
+    """"[MASK]", "[sMASK]", "[gMASK]" or "instruction"."""
     language: str
     source: str
     """Name of the shard."""
@@ -134,7 +145,12 @@ class Mixture:
         if not any((np.diff(shard.offsets) >= SHORTEST).any() for shard in self.texts.ever_drawn()):
             raise DataError(f"the training data holds no document of {SHORTEST} tokens or more")
         self._lengths = (1.0, 1.0)
-        if self.instructions.ever_drawn() and max(values_of(objectives.instruction_share)) > 0:
+        instructed = self.instructions.ever_drawn() and max(values_of(objectives.instruction_share)) > 0
+        #: Kinds of blanks that the samples hold; an instruction's answer is a [MASK], too.
+        self.masks = objectives.masks
+        if instructed and "[MASK]" not in self.masks and not objectives.unidirectional:
+            self.masks = ("[MASK]", *self.masks)
+        if instructed:
             # The share is counted in tokens, so measure how long the two sorts of sample are.
             rng = np.random.default_rng(seed)
             # Always by the layouts of blanks, so that a causal twin reads the same documents.
@@ -175,8 +191,8 @@ class Mixture:
         document = shard.document(int(np.searchsorted(shard.offsets, place, side="right")) - 1)
         if len(document) < SHORTEST:
             return self._text_sample(rng, number, causal=causal)
-        generate = rng.random() < o.generation_share
-        if generate or causal:
+        objective = rng.random()
+        if objective < o.generation_share or causal:
             window = o.long_window if rng.random() < o.long_share else o.window
             tokens = self._cut(document, window - 1, rng)
             least = max(int(o.least_generation_ratio * len(tokens)), 1)
@@ -184,10 +200,14 @@ class Mixture:
             return Sample(
                 infilling.generation_sample(tokens, masked, self.special), "[gMASK]", shard.info.language, shard.info.name
             )
+        body = document[:-1]  # without its eos: an end of text is never masked, and every part A gets one, as in inference
+        if objective < o.generation_share + o.sentence_share:
+            layout = self._sentence_sample(body, rng)
+            if layout is not None:
+                return Sample(layout, "[sMASK]", shard.info.language, shard.info.name)
         window = o.window
         if rng.random() < o.short_share:
             window = int(rng.integers(16, o.window))
-        body = document[:-1]  # without its eos: an end of text is never masked, and every part A gets one, as in inference
         length, spans = infilling.draw_spans(
             len(body),
             window - 1,
@@ -202,6 +222,29 @@ class Mixture:
         order = rng.permutation(len(spans))
         layout = infilling.blank_sample(text, starts, spans, self.special, order=order)
         return Sample(layout, "[MASK]", shard.info.language, shard.info.name)
+
+    def _sentence_sample(self, body: np.ndarray, rng: np.random.Generator) -> Layout | None:
+        """Whole sentences of a text as blanks; None for a text of fewer than two, which gets blanks of words instead."""
+        o = self.objectives
+        tokens = self._cut(body, o.window - 3, rng)  # room for eos and one blank
+        while True:
+            ends = self._sentence_ends(tokens)
+            if len(tokens) == len(body):  # the text ends here, and its last sentence with it
+                ends = np.union1d(ends, [len(tokens)])
+            if len(ends) < 2:
+                return None
+            starts, spans = infilling.sentence_spans(ends, len(tokens), rng, ratio=o.mask_ratio)
+            over = len(tokens) + 1 + 2 * len(spans) - o.window
+            if over <= 0:
+                break
+            tokens = tokens[:-over]  # a sample of k blanks takes 2k places more than its text
+        text = np.append(tokens, self.special["eos"])
+        return infilling.blank_sample(text, starts, spans, self.special, order=rng.permutation(len(spans)), kind="[sMASK]")
+
+    def _sentence_ends(self, tokens: np.ndarray) -> np.ndarray:
+        """Index behind each sentence; of several tokens in a row that end one, the last counts."""
+        ends = self.ends[tokens]
+        return np.flatnonzero(ends & ~np.append(ends[1:], False)) + 1
 
     def _instruction_sample(self, rng: np.random.Generator, number: int, *, causal: bool) -> Sample:
         shard = self.instructions.draw(rng, number)

@@ -10,30 +10,26 @@ trains on.
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import torch
-
-from openglm.models.glm130b import GLM130B, Layer
+from torch import Tensor
 
 #: Value of the final norm at the coordinate; the larger, the less the frequencies disturb the embedding's variance.
 STRENGTH = 30.0
 
 
-@torch.no_grad()
-def give_head_start(network: GLM130B, counts: np.ndarray, embedding_scale: float) -> None:
-    """Put the log-frequencies of ``counts`` (``[vocabulary]``) into coordinate 0 of the tied matrix, in place.
+def give_head_start(name: str, values: Tensor, counts: np.ndarray, embedding_scale: float) -> None:
+    """Change the initial values of the parameter ``name`` in place: the log-frequencies of ``counts`` (``[vocabulary]``) go
+    into coordinate 0 of the tied matrix.
 
     ``embedding_scale`` shrinks the rest of the matrix first: a fresh network expects every token to repeat itself, with
     a logit of hidden size x standard deviation, and has to unlearn that.
     """
-    smoothed = np.log((counts + 0.5) / (counts + 0.5).sum())
-    weight = network.word_embeddings.weight
-    weight *= embedding_scale
-    weight[:, 0] = torch.from_numpy((smoothed - smoothed.mean()) / STRENGTH).to(weight)
-    network.final_layernorm.weight[0] = 0.0
-    network.final_layernorm.bias[0] = STRENGTH
-    first = cast(Layer, network.layers["0"]).input_layernorm
-    first.weight[0] = 0.0
-    first.bias[0] = 0.0
+    if name == "word_embeddings.weight":
+        smoothed = np.log((counts + 0.5) / (counts + 0.5).sum())
+        values *= embedding_scale
+        values[:, 0] = torch.from_numpy((smoothed - smoothed.mean()) / STRENGTH).to(values)
+    elif name == "final_layernorm.bias":
+        values[0] = STRENGTH
+    elif name in ("final_layernorm.weight", "layers.0.input_layernorm.weight", "layers.0.input_layernorm.bias"):
+        values[0] = 0.0

@@ -92,8 +92,8 @@ class MasterWeights:
             use_onednn(network)
         self.names = [name for name, _ in network.named_parameters()]
         self.same = precision == "float32"
-        full = [parameter.detach().float().clone() for parameter in network.parameters()]
-        network.to(getattr(torch, precision))
+        full = [parameter.detach().float() for parameter in network.parameters()]
+        network.to(getattr(torch, precision))  # gives the parameters other memory, and leaves theirs to ``full``
         self.working = list(network.parameters())
         self.master = self.working if self.same else [nn.Parameter(parameter) for parameter in full]
 

@@ -185,6 +185,9 @@ class Recipe:
                     highest = 0.99 if key.endswith("_dropout") else 1
                     good = all(0 <= v <= highest for v in values_of(value))
                     _require(good, f"{section}.{key}", value, f"in 0..{highest}")
+        shares = self.objectives.generation_share + self.objectives.sentence_share
+        most = "0..1 together with objectives.generation_share"
+        _require(shares <= 1 + 1e-9, "objectives.sentence_share", self.objectives.sentence_share, f"in {most}")
         for name, value in self.data.weights.items():
             _require(all(v >= 0 for v in values_of(value)), f"data.weights.{name}", value, "at least 0")
         for name, value in self.data.caps.items():

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openglm.checkpoints import load_into, open_model, save_checkpoint
+from openglm.checkpoints import load_into, save_checkpoint
+from openglm.checkpoints.format import check_shape
 from openglm.config import ModelConfig
 from openglm.data.loader import Loader, Rows
 from openglm.data.mixture import Mixture
@@ -26,7 +27,7 @@ from openglm.parallel.execution import Execution
 from openglm.parallel.stage import fill, parallelize
 from openglm.storage import exclusive, remove
 from openglm.tokenizers import load_tokenizer
-from openglm.training.head_start import give_head_start
+from openglm.training.first_weights import first_weights
 from openglm.training.metrics import Recorder
 from openglm.training.model import MasterWeights, ShardedModel, TrainingModel
 from openglm.training.ranks import Ranks, check_batch, connect
@@ -39,8 +40,6 @@ from openglm.training.validation import Validator
 
 #: Bytes of token shards from which on comparing them with their checksums is told.
 LARGE = 4_000_000_000
-#: Samples whose targets are counted for ``model.head_start``.
-HEAD_START_SAMPLES = 4_000
 
 #: Called after every step with the progress, the step's result, and tokens a second.
 Watcher = Callable[[Progress, StepResult, float], None]
@@ -83,8 +82,8 @@ def _verify(shards: list[Shard], folder: Path, ranks: Ranks, log: Callable[[str]
             raise error
 
 
-def configure(recipe: Recipe, vocab_size: int, special: dict[str, int]) -> ModelConfig:
-    """The network's configuration with the tokenizer's ids."""
+def configure(recipe: Recipe, vocab_size: int, special: dict[str, int], learned: tuple[str, ...]) -> ModelConfig:
+    """The network's configuration with the tokenizer's ids and the kinds of blanks that the samples hold."""
     config = recipe.model.config()
     if config.vocab_size < vocab_size:
         raise ConfigError(
@@ -93,8 +92,6 @@ def configure(recipe: Recipe, vocab_size: int, special: dict[str, int]) -> Model
             key="vocab_size",
         )
     own = {name: token for name, token in special.items() if name != "unk"}
-    share = 1.0 if recipe.objectives.unidirectional else recipe.objectives.generation_share
-    learned = ("[MASK]", "[gMASK]") if 0 < share < 1 else ("[gMASK]",) if share else ("[MASK]",)
     return dataclasses.replace(config, special_tokens=own, learned_masks=learned)
 
 
@@ -107,13 +104,12 @@ def build_model(
     if why:
         log(f"the layers are not compiled: {why}")
     compile = recipe.run.compile and why is None
+    source = first_weights(recipe, config, mixture)
+    with torch.device("meta"):  # each process fills its part of every tensor in turn, and never holds the whole network
+        network = GLM130B(config)
     if ranks.mesh is None:
-        network = GLM130B(config)
-        first_weights(network, recipe, mixture)
-        return MasterWeights(network.to(device), recipe.run.precision, compile=compile)
+        return MasterWeights(load_into(network, source, "float32", device), recipe.run.precision, compile=compile)
     p = recipe.parallel
-    with torch.device("meta"):
-        network = GLM130B(config)
     stage = parallelize(
         network,
         ranks.layout,
@@ -124,16 +120,13 @@ def build_model(
         compile=compile,
     )
     stage.to_empty(device=device)
-    # Every process makes the whole weights in turn and keeps its part. That is for models that fit a host's memory;
-    # larger ones start from a checkpoint, whose tensors come one by one.
-    if recipe.model.initial:
-        source = open_model(recipe.model.initial)
-        fill(stage, lambda name, _: source.tensor(name).float())
-    else:
-        whole = GLM130B(config)
-        first_weights(whole, recipe, mixture)
-        weights = whole.state_dict()
-        fill(stage, lambda name, _: weights[name])
+
+    def whole(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = source.tensor(name).float()
+        check_shape(None, name, tuple(tensor.shape), shape)
+        return tensor
+
+    fill(stage, whole)
     dtype = getattr(torch, recipe.run.precision)
     return ShardedModel(Execution(stage, ranks.layout, ranks.mesh, dtype))
 
@@ -146,16 +139,6 @@ def _why_not_compile(recipe: Recipe, ranks: Ranks) -> str | None:
     if max(*values_of(o.hidden_dropout), *values_of(o.attention_dropout), 0.0) > 0:
         return "compiled dropout would draw other masks, and compile anew with every change of a schedule"
     return next((why for why in ranks.gather(why_not(recipe.run.device)) if why), None)
-
-
-def first_weights(network: GLM130B, recipe: Recipe, mixture: Mixture) -> None:
-    """Fill a plain network: from a checkpoint, or by its initialisation and the recipe's head start."""
-    network.initialize(recipe.run.seed)
-    if recipe.model.initial:
-        load_into(network, open_model(recipe.model.initial), "float32", "cpu")
-    elif recipe.model.head_start:
-        counts = mixture.target_counts(HEAD_START_SAMPLES, network.config.vocab_size)
-        give_head_start(network, counts, recipe.model.embedding_scale)
 
 
 class Run:
@@ -178,7 +161,6 @@ class Run:
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         validation = [shard for shard in shards if shard.info.name.startswith("validation")]
         training = [shard for shard in shards if not shard.info.name.startswith("validation")]
-        self.config = configure(recipe, self.tokenizer.vocab_size, dict(self.tokenizer.special_tokens))
         self.mixture = Mixture(
             training,
             self.tokenizer,
@@ -187,6 +169,8 @@ class Run:
             weights=recipe.data.weights,
             caps=recipe.data.caps,
         )
+        special = dict(self.tokenizer.special_tokens)
+        self.config = configure(recipe, self.tokenizer.vocab_size, special, self.mixture.masks)
         self.rows = Rows(recipe.run.micro_tokens, recipe.objectives.long_window if recipe.run.aggregate else 0)
         self.validator = Validator(validation, self.tokenizer, windows=recipe.run.validation_windows)
         model = build_model(recipe, self.config, self.mixture, ranks, self.log)
