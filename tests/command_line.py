@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +41,28 @@ def refuse(*args: str | Path, input: str | bytes | None = None) -> str:
     assert message.startswith("error: ") and "\n" not in message and not message.endswith(".")
     assert hint == "" or (hint.startswith("hint: ") and "\n" not in hint)
     return result.stderr
+
+
+def processes(ranks: int, *arguments: str | Path, stdin: str = "", folders: list[Path]) -> list[tuple[int, str, str]]:
+    """`glm` as torchrun starts it: exit code, stdout and stderr of each process; only the first is given ``stdin``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
+    started = []
+    for rank, folder in zip(range(ranks), itertools.cycle(folders)):
+        environment = os.environ | {key: str(value) for key, value in {**meeting, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        command = [sys.executable, "-m", "openglm", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, env=environment, cwd=folder, text=True, stdin=pipe, stdout=pipe, stderr=pipe))
+    said = [process.communicate("" if rank else stdin, timeout=100) for rank, process in enumerate(started)]
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
 
 
 def rows(text: str) -> list[dict]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import processes
 
 from openglm.checkpoints import open_model
 from openglm.data.shards import write_shards
@@ -196,3 +197,14 @@ def test_a_disk_that_is_full_in_mid_save(command, tmp_path) -> None:
     (error,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert "cannot write the snapshot" in error and "Traceback" not in said
     assert not any((tmp_path / "snapshots").iterdir()) and not (tmp_path / "model").exists()
+
+
+def test_one_process_tells_what_is_wrong(command, tmp_path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("mine\n")  # which the first process alone reads
+    first, second = processes(2, *command[2:], out, folders=[tmp_path])
+    assert first[:2] == (2, "") and "metrics.jsonl` line 1 is not a JSON object" in first[2]
+    assert first[2].count("error:") == 1 and "Traceback" not in first[2]
+    assert second == (2, "", "")
+    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "lock"}

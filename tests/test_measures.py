@@ -264,9 +264,8 @@ def test_what_is_timed_beside_blank_masks_computes_as_much():
     assert len(set(targets)) == 1 and causal.tokens.shape == packed.tokens.shape == (2, 64)
     # Without a mask and by the causal kernel: the same losses as through the mask that says so.
     network = training.GLM130B(config).initialize(0)
-    masked, plain = (
-        training.Ours(copy.deepcopy(network), "float32", causal, training.Variant("", rows)).model for rows in ("blanks", "causal")
-    )
+    variants = [training.Variant("", rows) for rows in ("blanks", "causal")]
+    masked, plain = (training.Ours(copy.deepcopy(network), "float32", causal, variant).model for variant in variants)
     expected = masked.losses(causal)
     causal.mask.fill_(True)
     torch.testing.assert_close(plain.losses(causal), expected)

@@ -11,7 +11,7 @@ import torch
 
 from openglm.data.schedule import batch_size_at, learning_rate_at, parse_schedule, value_at
 from openglm.data.shards import write_shards
-from openglm.errors import ConfigError, TrainingError
+from openglm.errors import CheckpointError, ConfigError, TrainingError
 from openglm.training.recipe import StabilitySection, read_recipe
 from openglm.training.run import train
 from openglm.training.scaler import LossScaler
@@ -118,6 +118,13 @@ def test_left_out_samples_are_jumped_over(tmp_path: Path) -> None:
     assert Edits.load(tmp_path / "none.json") == Edits()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"rollback": 1}', '{"skipped": [[1]]}', '{"shrink": "x"}', '{"shrink": NaN}'])
+def test_edits_that_no_run_wrote_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "edits.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"edits\.json` is not what a run wrote there; .*--fresh"):
+        Edits.load(tmp_path / "edits.json")
+
+
 # --- runs with something put into them
 
 RUN = (
@@ -197,6 +204,23 @@ def test_a_nan_gradient_never_reaches_the_weights(recipe, tmp_path, monkeypatch)
         ("skip", 80, "the gradient is not finite"),
     ]
     assert all_finite(tmp_path) and rows(tmp_path)[-1]["samples"] == 160
+
+
+def test_weights_that_are_not_finite_are_never_written(recipe, tmp_path, monkeypatch) -> None:
+    train(recipe("run.samples=20"), tmp_path, log=lambda _: None)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+    def ruin(model, losses) -> None:  # behind the guard's back, in the step before a snapshot
+        next(iter(model.weights().values())).data[3, 5] = math.inf
+
+    poison(monkeypatch, lambda first: first == 36, ruin)
+    with pytest.raises(TrainingError, match=r"not finite at sample 40 \(`word_embeddings\.weight`\), so they are not saved"):
+        train(recipe("run.samples=48"), tmp_path, log=lambda _: None)
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["samples-0000000020"]
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    monkeypatch.undo()
+    train(recipe("run.samples=48"), tmp_path, log=lambda _: None)
+    assert all_finite(tmp_path) and rows(tmp_path)[-1]["samples"] == 48
 
 
 def test_a_poisoned_batch_is_skipped(recipe, tmp_path, monkeypatch) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from command_line import run
+from command_line import processes, run
 from test_released import CONFIG as RELEASED
 from test_released import quantized_shards, random_tensors
 
@@ -272,28 +267,6 @@ def test_what_fails_on_one_rank_is_told_by_all(workers, models, tmp_path) -> Non
             ]
             * 2
         )
-
-
-def processes(ranks: int, *arguments: str | Path, stdin: str = "", folders: list[Path]) -> list[tuple[int, str, str]]:
-    """`glm` as torchrun starts it: exit code, stdout and stderr of each process; only the first is given ``stdin``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {
-        "WORLD_SIZE": ranks,
-        "LOCAL_WORLD_SIZE": ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
-    }
-    started = []
-    for rank, folder in zip(range(ranks), itertools.cycle(folders)):
-        environment = os.environ | {key: str(value) for key, value in {**meeting, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        command = [sys.executable, "-m", "openglm", *map(str, arguments)]
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, env=environment, cwd=folder, text=True, stdin=pipe, stdout=pipe, stderr=pipe))
-    said = [process.communicate("" if rank else stdin, timeout=100) for rank, process in enumerate(started)]
-    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
 
 
 def test_one_process_speaks(models, tmp_path) -> None:

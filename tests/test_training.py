@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from openglm.checkpoints import open_model
 from openglm.config import MASK_KINDS, ModelConfig
 from openglm.data.loader import Rows, make_batch
 from openglm.data.mixture import Mixture, Objectives
-from openglm.data.shards import open_shards, write_shards
+from openglm.data.shards import digest, open_shards, write_shards
 from openglm.errors import CheckpointError, ConfigError, DataError, OpenGLMError, StorageError
 from openglm.infilling import NO_TARGET, Batch
 from openglm.models.glm130b import GLM130B
@@ -25,9 +27,9 @@ from openglm.training.model import MasterWeights
 from openglm.training.ranks import Ranks
 from openglm.training.recipe import Recipe, learning_rate, read_recipe
 from openglm.training.run import train
-from openglm.training.snapshots import Snapshots
 from openglm.training.step import Trainer
 from openglm.training.validation import bits_per_byte, network_losses
+from openglm.version import __version__
 
 TINY = (
     "model.changes={num_layers=2,vocab_size=640,hidden_size=32,num_attention_heads=2,inner_hidden_size=64,max_sequence_length=128}",
@@ -52,7 +54,7 @@ def prepared(tmp_path_factory, tiny_corpus, tiny_tokenizer_path):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(prepared, tiny_tokenizer_path):
     def make(*changes: str) -> Recipe:
         data = (f'data.corpus="{prepared}"', f'data.tokenizer="{tiny_tokenizer_path}"')
@@ -86,11 +88,45 @@ def test_recipes_of_the_repository_are_valid(request):
         ("model.preset=nanno", "did you mean `nano`"),
         ("objectives.window=4096", "the model's context of 1024"),
         ("samples", "section.key=value"),
+        ("model.changes.special_tokens=5", "`model.changes` cannot be used"),
+        ("model.embedding_scale=-1", "`model.embedding_scale` is -1.0, but must be at least 0"),
+        ("data.weights.zh=[[0, 1], [9, inf]]", "`data.weights.zh` is inf, but must be a finite number"),
+        ("objectives.long_window=0", "`objectives.long_window` is 0, but must be at least 32"),
+        ("optimizer.betas=[1.5, 0.9]", "`optimizer.betas`"),
+        ("optimizer.clip_norm=-1", "`optimizer.clip_norm` is -1.0, but must be above 0"),
+        ("optimizer.epsilon=-1", "`optimizer.epsilon`"),
+        ("optimizer.first_learning_rate=-1", "`optimizer.first_learning_rate`"),
+        ("optimizer.least_learning_rate=nan", "`optimizer.least_learning_rate` is nan, but must be a finite number"),
+        ("optimizer.rewarm=[[4, -3]]", "`optimizer.rewarm`"),
+        ("optimizer.rewarm=5", r"`optimizer.rewarm` is 5, but must be pairs"),
+        ("optimizer.weight_decay=-1", "`optimizer.weight_decay`"),
+        ("parallel.timeout=-1", "`parallel.timeout` is -1.0"),
+        ("run.batch_ramp=[2.5, 1.5, 8]", "`run.batch_ramp`.* in whole numbers"),
+        ("run.keep_every=-1", "`run.keep_every`"),
+        ("run.micro_tokens=-5", "`run.micro_tokens` is -5, but must be at least 1"),
+        ("run.samples=" + "9" * 5000, "`run.samples`"),
+        ("run.seed=-1", "`run.seed` is -1, but must be at least 0"),
+        ("run.seed=18446744073709551616", "`run.seed`"),
+        ("stability.shrink=-2", "`stability.shrink`"),
+        ("stability.skip_norm=-1", "`stability.skip_norm`"),
+        ("stability.spike_loss=nan", "`stability.spike_loss`"),
     ],
 )
 def test_bad_recipes_name_the_key(change, words):
     with pytest.raises(ConfigError, match=words):
         read_recipe(None, [change])
+
+
+def test_rows_of_a_pack_take_every_sample() -> None:
+    short = ("objectives.window=256", "objectives.long_window=128")
+    assert read_recipe(None, short).objectives.long_window == 128
+    with pytest.raises(ConfigError, match=r"`objectives\.long_window` is 128, but must be at least objectives\.window"):
+        read_recipe(None, [*short, "run.aggregate=true"])
+
+
+def test_the_largest_seed_with_dropout(recipe, tmp_path):
+    train(recipe("run.samples=8", f"run.seed={2**64 - 1}", "optimizer.hidden_dropout=0.1"), tmp_path, log=lambda _: None)
+    assert rows(tmp_path)[-1]["samples"] == 8
 
 
 def test_a_change_reaches_a_key_within_a_table() -> None:
@@ -228,18 +264,75 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path, optimizer):
         assert torch.equal(a, b), name
 
 
-def test_a_damaged_snapshot_is_passed_over(recipe, tmp_path):
-    train(recipe("run.samples=24"), tmp_path, log=lambda _: None)
-    found = Snapshots(tmp_path / "snapshots", Ranks(), keep=2).newest()
-    assert found is not None and found[0].name == "samples-0000000024"
-    file = next((found[0] / "tensors").glob("*.distcp"))
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """A run of 24 samples with snapshots at 12 and 24; each test gets a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(recipe("run.samples=24"), folder, log=lambda _: None)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def flip_a_bit(snapshot):
+    file = next((snapshot / "tensors").glob("*.distcp"))
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    found = Snapshots(tmp_path / "snapshots", Ranks(), keep=2).newest()
-    assert found is not None and found[0].name == "samples-0000000012"
-    shutil.rmtree(found[0])
-    assert Snapshots(tmp_path / "snapshots", Ranks(), keep=2).newest() is None
+
+
+def edit_state(**changes):
+    def edit(snapshot):
+        state = json.loads((snapshot / "state.json").read_text())
+        (snapshot / "state.json").write_text(json.dumps({k: v for k, v in {**state, **changes}.items() if v is not None}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        lambda snapshot: (snapshot / "state.json").write_text('{"format_ver'),
+        edit_state(trainer=None),
+        edit_state(progress={"sample": 3}),
+        edit_state(sha256={}),
+        edit_state(format_version="x"),
+    ],
+    ids=["tensors", "torn", "no trainer", "progress", "no checksums", "format"],
+)
+def test_a_damaged_snapshot_is_passed_over_and_told(recipe, run, damage):
+    damage(run / "snapshots" / "samples-0000000024")
+    said: list[str] = []
+    train(recipe("run.samples=24"), run, log=said.append)
+    assert any("resumed from `samples-0000000012`" in line for line in said)
+    assert "the snapshot `samples-0000000024` is damaged and was passed over" in said
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["samples"]) for e in events] == [("resume", 12), ("damaged", 12)]
+    assert "`samples-0000000024`" in events[1]["why"]
+    assert [row["samples"] for row in rows(run)] == [4, 8, 12, 16, 20, 24]
+
+
+def test_a_run_whose_snapshots_are_all_damaged_does_not_begin_anew(recipe, run):
+    for path in (run / "snapshots").iterdir():
+        flip_a_bit(path)
+    before = contents(run)
+    with pytest.raises(CheckpointError, match=r"every snapshot in .* is damaged .*--fresh"):
+        train(recipe("run.samples=28"), run, log=lambda _: None)
+    assert contents(run) == before
+
+
+def test_a_snapshot_whose_state_cannot_be_read_is_named(recipe, run):
+    edit_state(trainer={"guard": {"losses": 5}})(run / "snapshots" / "samples-0000000024")
+    with pytest.raises(CheckpointError, match=r"samples-0000000024.state\.json` is not what a run wrote .* remove this"):
+        train(recipe("run.samples=28"), run, log=lambda _: None)
 
 
 def test_a_snapshot_of_a_newer_format_is_refused_and_stays(recipe, tmp_path):
@@ -281,12 +374,82 @@ def test_metrics_tell_all_that_is_watched(recipe, tmp_path):
     assert {"en", "zh", "chat"} >= row["sources"].keys() and row["loss_scale"] == 1.0
 
 
-def test_a_snapshot_of_another_network_is_refused(recipe, tmp_path):
-    train(recipe("run.samples=4"), tmp_path, log=lambda _: None)
-    wider = TINY[0].replace("hidden_size=32", "hidden_size=64", 1)
-    with pytest.raises(CheckpointError, match="is of another network"):
-        train(recipe("run.samples=8", wider), tmp_path, log=lambda _: None)
-    train(recipe("run.samples=8", wider), tmp_path, fresh=True, log=lambda _: None)
+@pytest.fixture(scope="module")
+def bad(prepared, tiny_corpus, tiny_tokenizer, tmp_path_factory):
+    """A folder with `damaged` shards, and `other` ones with their own tokenizer."""
+    folder = tmp_path_factory.mktemp("bad")
+    shutil.copytree(prepared, folder / "damaged")
+    data = bytearray((folder / "damaged" / "en.tokens").read_bytes())
+    data[1000] ^= 1
+    (folder / "damaged" / "en.tokens").write_bytes(data)
+    shutil.copy(tiny_tokenizer.path, folder / "other.model")
+    write_shards([tiny_corpus], folder / "other", folder / "other.model", workers=1)
+    return folder
+
+
+def shape(**changes):
+    """The change of a recipe that makes a network of another shape."""
+    text = TINY[0]
+    for key, value in changes.items():
+        text = re.sub(rf"{key}=\d+", f"{key}={value}", text)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("fresh", "changes", "words"),
+    [
+        (False, (shape(num_layers=1),), "is of another model: its `num_layers` is 2, not 1; give another --out, or --fresh"),
+        (False, (shape(num_attention_heads=4),), "is of another model: its `num_attention_heads` is 2, not 4"),
+        (False, (shape(hidden_size=64),), "is of another model: its `hidden_size` is 32, not 64"),
+        (False, ('data.corpus="BAD/other"', 'data.tokenizer="BAD/other.model"'), "its tokenizer is another one"),
+        (True, ('data.corpus="BAD/nothing"',), "there is no file or folder"),
+        (True, ('data.corpus="BAD/damaged"',), r"en\.tokens` is damaged"),
+        (True, ('data.tokenizer="BAD/nothing"',), "BAD/nothing"),
+        (True, (shape(vocab_size=64),), "more than the network's vocabulary of 64"),
+        (True, ("data.weights.*=[[0, 0.0], [8, 1.0]]",), "every source has weight 0 at sample 0"),
+        (True, ('model.initial="BAD/nothing"',), "BAD/nothing"),
+    ],
+    ids=["layers", "heads", "width", "tokenizer", "no data", "shard", "no tokenizer", "vocabulary", "weights", "initial"],
+)
+def test_what_is_refused_leaves_the_run_as_it_was(recipe, run, bad, fresh, changes, words):
+    before = contents(run)
+    with pytest.raises(OpenGLMError, match=words.replace("BAD", str(bad))):
+        given = [change.replace("BAD", str(bad)) for change in changes]
+        train(recipe("run.samples=28", *given), run, fresh=fresh, log=lambda _: None)
+    assert contents(run) == before
+
+
+def test_a_fresh_run_may_be_of_another_model(recipe, run):
+    (run / "edits.json").write_text("what is removed need not be read")
+    train(recipe("run.samples=8", shape(num_layers=1)), run, fresh=True, log=lambda _: None)
+    assert [row["samples"] for row in rows(run)] == [4, 8] and not (run / "edits.json").exists()
+    assert [path.name for path in (run / "snapshots").iterdir()] == ["samples-0000000008"]
+    assert open_model(run / "model").config.num_layers == 1
+
+
+def test_a_snapshot_that_does_not_say_of_which_model_it_is(recipe, run):
+    for path in (run / "snapshots").iterdir():
+        edit_state(model=None, made_with=None)(path)
+    with pytest.raises(CheckpointError, match=r"is of another model: this one has no `layers\.1\."):
+        train(recipe("run.samples=28", shape(num_layers=1)), run, log=lambda _: None)
+    said: list[str] = []
+    train(recipe("run.samples=28"), run, log=said.append)
+    assert [line for line in said if "changed" in line] == ["changed since then: run.samples: 24 -> 28"]
+
+
+def test_other_text_under_the_same_names_is_told(recipe, run, prepared, tiny_corpus, tiny_tokenizer_path, tmp_path):
+    shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    with open(tmp_path / "corpus" / "en.jsonl", "a") as file:
+        file.write('{"text": "One more text."}\n')
+    write_shards([tmp_path / "corpus"], tmp_path / "tokens", tiny_tokenizer_path, workers=1)
+    said: list[str] = []
+    train(recipe("run.samples=28", f'data.corpus="{tmp_path / "tokens"}"'), run, log=said.append)
+    old, new = digest(open_shards(prepared)), digest(open_shards(tmp_path / "tokens"))
+    assert old != new and f"changed since then: shards: {old} -> {new}" in said
+    (event,) = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert f"shards: {old} -> {new}" in event["changes"]
+    (state,) = (run / "snapshots").glob("*28/state.json")
+    assert json.loads(state.read_text())["made_with"] == {"openglm": __version__, "torch": torch.__version__, "shards": new}
 
 
 def test_a_resumed_run_says_what_changed(recipe, tmp_path):
@@ -371,10 +534,47 @@ def test_a_model_knows_the_masks_of_its_samples(recipe, tmp_path, changes, masks
     assert open_model(model).config.learned_masks == masks
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(recipe, tmp_path):
-    small = TINY[0].replace("vocab_size=640", "vocab_size=64")
-    with pytest.raises(ConfigError, match="more than the network's vocabulary of 64"):
-        train(recipe(small), tmp_path, log=lambda _: None)
+def test_patterns_that_fit_no_source_are_told(recipe, tmp_path):
+    patterns = ("data.weights.zhh=2", "data.weights.z*=3", "data.weights.laws=1", "data.caps.chta=9")
+    said: list[str] = []
+    train(recipe("run.samples=4", *patterns), tmp_path, log=said.append)
+    assert [line for line in said if "no source" in line] == [
+        "no source of the training data fits `laws`, `zhh` (did you mean `zh`?) in data.weights",
+        "no source of the training data fits `chta` (did you mean `chat`?) in data.caps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the corpus `.*` is empty: its files hold no document"),
+        ('{"text": "whole"}\n{"tex', "is not valid JSON"),
+    ],
+    ids=["empty", "torn"],
+)
+def test_a_corpus_that_cannot_be_used_leaves_nothing_behind(tmp_path, tiny_tokenizer_path, text, words):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "en.jsonl").write_text(text)
+    given = (*TINY, f'data.corpus="{tmp_path / "corpus"}"', f'data.tokenizer="{tiny_tokenizer_path}"')
+    with pytest.raises(DataError, match=words):
+        train(read_recipe(None, given), tmp_path / "run", log=lambda _: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_index_or_shard_of_a_run_is_named(tmp_path, tiny_corpus, tiny_tokenizer_path):
+    recipe = read_recipe(None, (*TINY, f'data.corpus="{tiny_corpus}"', f'data.tokenizer="{tiny_tokenizer_path}"'))
+    write_shards([tiny_corpus], tmp_path / "tokens", tiny_tokenizer_path, workers=1)
+    offsets = tmp_path / "tokens" / "en.offsets"
+    count = offsets.stat().st_size // 8
+    offsets.write_bytes(offsets.read_bytes()[:-8])
+    with pytest.raises(DataError, match=rf"en\.offsets` holds {count - 1} offsets, not {count}; prepare the data again"):
+        train(recipe, tmp_path, log=lambda _: None)
+    index = tmp_path / "tokens" / "shards.json"
+    whole = index.read_text()
+    for broken in (whole[:100], "[]", whole.replace("uint16", "text"), re.sub(r'"tokens": \d+', '"tokens": "x"', whole)):
+        index.write_text(broken)
+        with pytest.raises(DataError, match=r"shards\.json` is not an index of token shards; remove that folder"):
+            train(recipe, tmp_path, log=lambda _: None)
 
 
 # --- validation

@@ -67,6 +67,7 @@ def train(
 
     The same command goes on from the newest snapshot after an interruption.
     """
+    console.one_voice()
     if resume and fresh:
         raise InputError("`--resume` and `--fresh` exclude each other", hint="give one of them")
     if stop_after is not None and not stop_after > 0:

@@ -140,6 +140,8 @@ class Mixture:
         self.instructions = _Sources(instructions, weights or {}, caps or {})
         if not self.texts.shards:
             raise DataError("the training data holds no running text")
+        if not any(shard.info.tokens for shard in self.texts.shards):
+            raise DataError("the training data is empty: its sources hold no document")
         if not self.texts.ever_drawn():
             raise DataError("every source of the training data has weight 0")
         if not any((np.diff(shard.offsets) >= SHORTEST).any() for shard in self.texts.ever_drawn()):
@@ -168,7 +170,7 @@ class Mixture:
 
     def sample(self, number: int) -> Sample:
         """Sample ``number`` of the run."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, number]))
+        rng = np.random.Generator(np.random.Philox(key=np.asarray([self.seed, number], dtype=np.uint64)))
         causal = self.objectives.unidirectional
         if rng.random() < self._instruction_chance(number):
             return self._instruction_sample(rng, number, causal=causal)

@@ -10,12 +10,14 @@ a corpus as it is, `prepare.py` cleans it first and adds a report.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,10 +60,12 @@ class Shard:
             self.offsets = np.fromfile(folder / f"{info.name}.offsets", dtype=np.int64)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read the token shard `{path}`: {error}", path=path) from error
-        if len(self.tokens) != info.tokens or len(self.offsets) != info.documents + 1:
-            raise DataError(
-                f"`{path}` holds {len(self.tokens)} tokens, not {info.tokens}", hint="prepare the data again", path=path
-            )
+        for file, what, found, expected in (
+            (path, "tokens", len(self.tokens), info.tokens),
+            (path.with_name(f"{info.name}.offsets"), "offsets", len(self.offsets), info.documents + 1),
+        ):
+            if found != expected:
+                raise DataError(f"`{file}` holds {found} {what}, not {expected}", hint="prepare the data again", path=file)
         if self.offsets[0] != 0 or self.offsets[-1] != info.tokens:
             raise _damaged(folder / f"{info.name}.offsets")
 
@@ -181,7 +185,7 @@ def _templates(files: Iterable[Path]) -> dict[str, str]:
 
 def check_sources(paths: Iterable[str | Path], folder: str | Path) -> None:
     """Raise ``DataError`` if the files have other names, sizes or templates than those the folder's shards were made from."""
-    index, files = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8")), find_files(paths)
+    index, files = _read_index(Path(folder))[0], find_files(paths)
     if index.get("sources") is None:  # an older folder does not say
         return
     text = index["sources"] != _sources(files)
@@ -196,13 +200,7 @@ def check_sources(paths: Iterable[str | Path], folder: str | Path) -> None:
 def open_shards(folder: str | Path, tokenizer: str | Path | None = None) -> list[Shard]:
     """All shards of a folder. With ``tokenizer``, raises ``DataError`` if they were made by another one."""
     folder = Path(folder)
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        infos = [ShardInfo(**info) for info in index["shards"]]
-    except OSError as error:
-        raise DataError(f"`{folder}` holds no token shards (no {INDEX})", path=folder) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"`{folder / INDEX}` is not an index of token shards", path=folder / INDEX) from error
+    index, infos = _read_index(folder)
     if tokenizer is not None and index.get("tokenizer_sha256") != sha256(tokenizer):
         raise DataError(
             f"the shards in `{folder}` were made by another tokenizer than `{tokenizer}`",
@@ -210,3 +208,28 @@ def open_shards(folder: str | Path, tokenizer: str | Path | None = None) -> list
             path=folder,
         )
     return [Shard(folder, info) for info in infos]
+
+
+def digest(shards: Iterable[Shard]) -> str:
+    """16 hexadecimal digits that stand for what the shards hold, by their names and checksums."""
+    sums = sorted((shard.info.name, shard.info.sha256, shard.info.offsets_sha256) for shard in shards)
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Any], list[ShardInfo]]:
+    """``shards.json`` as it stands, and its shards."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        infos = [ShardInfo(**info) for info in index["shards"]]
+        if not all(isinstance(number, int) and number >= 0 for i in infos for number in (i.documents, i.tokens)):
+            raise ValueError(infos)
+        if not all(i.dtype in ("uint16", "uint32") for i in infos):
+            raise ValueError(infos)
+    except OSError as error:
+        raise DataError(f"`{folder}` holds no token shards (no {INDEX})", path=folder) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"`{path}` is not an index of token shards", hint="remove that folder and make the shards again", path=path
+        ) from error
+    return index, infos

@@ -6,19 +6,21 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 
-from openglm.errors import ConfigError, TrainingError
+from openglm.errors import ConfigError, OpenGLMError, TrainingError
 from openglm.parallel.layout import ParallelLayout
 from openglm.training.recipe import Recipe
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,24 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.side)
         return values[0]
+
+    def together(self, make: Callable[[], Value]) -> Value:
+        """What ``make`` gives on each process. An ``OpenGLMError`` of one is raised on all, so that none waits for it.
+
+        ``make`` must not talk to the other processes.
+        """
+        made: list[Any] = [None]
+        failure: OpenGLMError | None = None
+        try:
+            made[0] = make()
+        except OpenGLMError as error:
+            if self.mesh is None:
+                raise
+            failure = error
+        for found in self.gather(failure):
+            if found is not None:
+                raise found
+        return made[0]
 
     def barrier(self, *, writing: bool = False) -> None:
         """Wait for all; ``writing``: on the snapshots' group."""

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,11 @@ class ModelSection:
     """With ``head_start``: factor on the initial embedding."""
 
     def config(self) -> ModelConfig:
-        """The network's configuration."""
-        return ModelConfig.preset(self.preset, **self.changes)
+        """The network's configuration. Raises ``ConfigError`` for an unknown preset or field and for impossible values."""
+        try:
+            return ModelConfig.preset(self.preset, **self.changes)
+        except (TypeError, ValueError) as error:  # a value of a wrong type
+            raise ConfigError(f"`model.changes` cannot be used: {error}", key="model.changes") from error
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,17 @@ class RunSection:
     """Where metrics are mirrored beside metrics.jsonl: "tensorboard", "trackio"."""
 
 
+#: The least that a number may be, by key.
+_LEAST = {
+    0: "model.embedding_scale optimizer.warmup_samples optimizer.decay_samples optimizer.weight_decay parallel.data run.seed "
+    "run.threads run.keep_every stability.skip_norm stability.spike_loss stability.shrink stability.rewarm_samples "
+    "stability.most_rollbacks",
+    1: "parallel.tensor parallel.pipeline run.samples run.batch_size run.micro_tokens run.log_every run.snapshot_every "
+    "run.validate_every run.validation_windows run.keep_snapshots stability.window stability.patience stability.most_skips",
+    32: "objectives.window objectives.long_window",
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run."""
@@ -174,11 +188,14 @@ class Recipe:
     stability: StabilitySection = field(default_factory=StabilitySection)
 
     def __post_init__(self) -> None:
+        _check_numbers(dataclasses.asdict(self))
         self.model.config()  # raises for an unknown preset or field
-        _require(self.run.samples >= 1, "run.samples", self.run.samples, "at least 1")
-        for name in ("batch_size", "log_every", "snapshot_every", "validate_every", "validation_windows", "keep_snapshots"):
-            _require(getattr(self.run, name) >= 1, f"run.{name}", getattr(self.run, name), "at least 1")
-        _require(self.run.threads >= 0, "run.threads", self.run.threads, "at least 0 (0 = torch's choice)")
+        for least, keys in _LEAST.items():
+            for key in keys.split():
+                section, _, name = key.partition(".")
+                value = getattr(getattr(self, section), name)
+                _require(value >= least, key, value, f"at least {least}")
+        r, o, s, objectives = self.run, self.optimizer, self.stability, self.objectives
         for section in ("objectives", "optimizer"):
             for key, value in vars(getattr(self, section)).items():
                 if key.endswith(("_share", "_ratio", "_gradient_factor", "_dropout")):
@@ -193,32 +210,30 @@ class Recipe:
         for name, value in self.data.caps.items():
             good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             _require(good, f"data.caps.{name}", value, "a whole number of at least 1")
-        for key in ("tensor", "pipeline"):
-            _require(getattr(self.parallel, key) >= 1, f"parallel.{key}", getattr(self.parallel, key), "at least 1")
-        _require(self.parallel.data >= 0, "parallel.data", self.parallel.data, "at least 0 (0 = all that are left)")
-        ramp = self.run.batch_ramp
-        _require(
-            not ramp or (len(ramp) == 3 and 1 <= ramp[0] <= self.run.batch_size and min(ramp[1:]) >= 1),
-            "run.batch_ramp",
-            ramp,
-            "[first size, increment, samples], the first size at most run.batch_size",
-        )
-        for key in ("window", "patience", "most_skips"):
-            _require(getattr(self.stability, key) >= 1, f"stability.{key}", getattr(self.stability, key), "at least 1")
+        ramp = r.batch_ramp
+        good = len(ramp) == 3 and all(isinstance(n, int) for n in ramp) and 1 <= ramp[0] <= r.batch_size and min(ramp[1:]) >= 1
+        wanted = "[first size, increment, samples] in whole numbers, the first size at most run.batch_size"
+        _require(not ramp or good, "run.batch_ramp", ramp, wanted)
         # Spans are Poisson numbers of 1 to 39; a mean far from these would be drawn forever.
-        _require(0.1 <= self.objectives.mean_span <= 39, "objectives.mean_span", self.objectives.mean_span, "in 0.1..39")
+        _require(0.1 <= objectives.mean_span <= 39, "objectives.mean_span", objectives.mean_span, "in 0.1..39")
         known = ("float32", "bfloat16", "float16")
-        _require(self.run.precision in known, "run.precision", self.run.precision, "one of " + ", ".join(known))
-        _require(self.optimizer.name in ("adamw", "muon"), "optimizer.name", self.optimizer.name, '"adamw" or "muon"')
-        _require(0 <= self.optimizer.learning_rate < 1, "optimizer.learning_rate", self.optimizer.learning_rate, "in 0..1")
-        longest = max(self.objectives.window, self.objectives.long_window)
-        _require(
-            longest <= self.model.config().max_sequence_length,
-            "objectives.window",
-            longest,
-            f"at most the model's context of {self.model.config().max_sequence_length}",
-        )
-        _require(self.objectives.window >= 32, "objectives.window", self.objectives.window, "at least 32")
+        _require(r.precision in known, "run.precision", r.precision, "one of " + ", ".join(known))
+        _require(o.name in ("adamw", "muon"), "optimizer.name", o.name, '"adamw" or "muon"')
+        for key in ("learning_rate", "least_learning_rate", "first_learning_rate"):
+            _require(0 <= getattr(o, key) < 1, f"optimizer.{key}", getattr(o, key), "in 0..1")
+        _require(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas", o.betas, "two numbers from 0 to below 1")
+        _require(o.epsilon > 0, "optimizer.epsilon", o.epsilon, "above 0")
+        _require(o.clip_norm > 0, "optimizer.clip_norm", o.clip_norm, "above 0")
+        good = all(start >= 0 and length > 0 for start, length in o.rewarm)
+        _require(good, "optimizer.rewarm", o.rewarm, "[[sample, length], ...], each length above 0")
+        _require(s.shrink <= 1, "stability.shrink", s.shrink, "in 0..1")
+        _require(0 < self.parallel.timeout <= 1e9, "parallel.timeout", self.parallel.timeout, "seconds above 0, at most 1e9")
+        longest = max(objectives.window, objectives.long_window)
+        context = self.model.config().max_sequence_length
+        _require(longest <= context, "objectives.window", longest, f"at most the model's context of {context}")
+        if r.aggregate:  # all samples go into rows of that length
+            good = objectives.long_window >= objectives.window
+            _require(good, "objectives.long_window", objectives.long_window, "at least objectives.window with run.aggregate")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a snapshot."""
@@ -228,6 +243,24 @@ class Recipe:
 def _require(holds: bool, key: str, value: Any, wanted: str) -> None:
     if not holds:
         raise ConfigError(f"`{key}` is {value!r}, but must be {wanted}", key=key)
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for key, value in _numbers(values):
+        # False for NaN, too. Seeds have 64 bits.
+        _require(abs(value) < 1 << 64, key, value, "a finite number below 2^64")
+
+
+def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a table of tables and lists, with its key."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _numbers(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part, path)
+    elif isinstance(value, int | float):
+        yield path, value
 
 
 def _section(kind: type, values: Any, path: str) -> Any:
@@ -252,6 +285,8 @@ def _section(kind: type, values: Any, path: str) -> Any:
             made[key] = {name: parse_schedule(v, f"{full}.{name}") for name, v in _value(value, default, full).items()}
         elif fields[key].metadata.get("pairs"):
             made[key] = parse_schedule(value, full) if value else ()
+            if not isinstance(made[key], tuple):
+                raise ConfigError(f"`{full}` is {value!r}, but must be pairs like [[20000, 500]]", key=full)
         elif fields[key].metadata.get("names"):
             made[key] = _names(value, fields[key].metadata["names"], full)
         else:
@@ -301,7 +336,7 @@ def read_recipe(path: str | Path | None, changes: Sequence[str] = ()) -> Recipe:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the recipe `{path}`: {error.strerror}", path=path) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ConfigError(f"`{path}` is not valid TOML: {error}", path=path) from error
     for change in changes:
         name, separator, text = change.partition("=")
@@ -311,7 +346,7 @@ def read_recipe(path: str | Path | None, changes: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"`{change}` is not of the form section.key=value", key=change)
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:
             value = text.strip()
         table = values
         for part in tables:  # as in model.changes.hidden_size
@@ -323,6 +358,7 @@ def read_recipe(path: str | Path | None, changes: Sequence[str] = ()) -> Recipe:
         table.clear()
         table.update({key: value, **others})
     try:
+        _check_numbers(values)
         return _section(Recipe, values, "")
     except ConfigError as error:
         if path is None:

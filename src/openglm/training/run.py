@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import fnmatch
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from openglm.data.loader import Loader, Rows
 from openglm.data.mixture import Mixture
 from openglm.data.readers import find_files
 from openglm.data.schedule import values_of
-from openglm.data.shards import INDEX, Shard, check_sources, open_shards, write_shards
-from openglm.errors import ConfigError, DataError, StorageError, TrainingError
+from openglm.data.shards import INDEX, Shard, check_sources, digest, open_shards, write_shards
+from openglm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from openglm.kernels.compiled import why_not
 from openglm.models.glm130b import GLM130B
 from openglm.parallel.execution import Execution
 from openglm.parallel.stage import fill, parallelize
+from openglm.parallel.tensor import local
 from openglm.storage import exclusive, remove
 from openglm.tokenizers import load_tokenizer
 from openglm.training.first_weights import first_weights
@@ -32,11 +35,12 @@ from openglm.training.metrics import Recorder
 from openglm.training.model import MasterWeights, ShardedModel, TrainingModel
 from openglm.training.ranks import Ranks, check_batch, connect
 from openglm.training.recipe import Recipe, batch_size
-from openglm.training.snapshots import Progress, Snapshots
+from openglm.training.snapshots import Progress, Snapshots, identity
 from openglm.training.stability import Edits
 from openglm.training.step import StepResult, Trainer
 from openglm.training.trackers import Trackers, check_trackers
 from openglm.training.validation import Validator
+from openglm.version import __version__
 
 #: Bytes of token shards from which on comparing them with their checksums is told.
 LARGE = 4_000_000_000
@@ -55,31 +59,52 @@ def prepare_data(recipe: Recipe, out: Path, ranks: Ranks, log: Callable[[str], N
     folder = corpus
     if not (corpus / INDEX).is_file():
         folder = out / "tokens"
-        if ranks.lead and not (folder / INDEX).is_file():
-            log(f"tokenizing {len(find_files([corpus]))} files of `{corpus}`")
-            write_shards([corpus], folder, recipe.data.tokenizer, log=log)
-        ranks.barrier()
-        check_sources([corpus], folder)
-    shards = open_shards(folder, recipe.data.tokenizer)
+        ranks.together(lambda: _tokenize(corpus, folder, recipe.data.tokenizer, log) if ranks.lead else None)
+
+    def read() -> list[Shard]:
+        if folder != corpus:
+            check_sources([corpus], folder)
+        return open_shards(folder, recipe.data.tokenizer)
+
+    shards = ranks.together(read)
     if recipe.data.verify:
-        _verify(shards, folder, ranks, log)
+        size = sum(shard.info.tokens * shard.tokens.itemsize for shard in shards)
+        if size > LARGE:
+            log(f"comparing {size / 1e9:.0f} GB of token shards with their checksums (data.verify = false leaves it out)")
+
+        def verify() -> None:  # each process its share
+            for shard in shards[ranks.rank :: ranks.layout.world_size]:
+                shard.verify(folder)
+
+        ranks.together(verify)
     return shards
 
 
-def _verify(shards: list[Shard], folder: Path, ranks: Ranks, log: Callable[[str], None]) -> None:
-    """Each process reads its share; all raise the same ``DataError`` if one finds a shard damaged."""
-    size = sum(shard.info.tokens * shard.tokens.itemsize for shard in shards)
-    if size > LARGE:
-        log(f"comparing {size / 1e9:.0f} GB of token shards with their checksums (data.verify = false leaves it out)")
-    found: DataError | None = None
+def _tokenize(corpus: Path, folder: Path, tokenizer: str, log: Callable[[str], None]) -> None:
+    """Make the shards if they are not there. Nothing stays of those that cannot be made."""
+    if (folder / INDEX).is_file():
+        return
+    files = find_files([corpus])
+    log(f"tokenizing {len(files)} files of `{corpus}`")
+    made = folder if folder.parent.exists() else folder.parent
     try:
-        for shard in shards[ranks.rank :: ranks.layout.world_size]:
-            shard.verify(folder)
-    except DataError as error:
-        found = error
-    for error in ranks.gather(found):
-        if error is not None:
-            raise error
+        if not any(info.tokens for info in write_shards([corpus], folder, tokenizer, log=log)):
+            raise DataError(f"the corpus `{corpus}` is empty: its files hold no document", path=corpus)
+    except BaseException:
+        remove(made)
+        raise
+
+
+def _idle_patterns(recipe: Recipe, sources: Sequence[str]) -> Iterator[str]:
+    """A line for the patterns of ``data.weights`` and ``data.caps`` that fit no source: a recipe may serve several corpora."""
+    for key, patterns in (("weights", recipe.data.weights), ("caps", recipe.data.caps)):
+        idle = []
+        for pattern in patterns:
+            if not fnmatch.filter(sources, pattern):
+                near = difflib.get_close_matches(pattern, sources, n=1, cutoff=0.75)
+                idle.append(f"`{pattern}`" + (f" (did you mean `{near[0]}`?)" if near else ""))
+        if idle:
+            yield f"no source of the training data fits {', '.join(idle)} in data.{key}"
 
 
 def configure(recipe: Recipe, vocab_size: int, special: dict[str, int], learned: tuple[str, ...]) -> ModelConfig:
@@ -153,14 +178,12 @@ class Run:
         there = ranks.told(out.exists())
         if there:  # else nothing is made before the data is known to be good
             _hold(out, ranks, held)
-        if fresh and ranks.lead:
-            for name in ("snapshots", "metrics.jsonl", "events.jsonl", "edits.json", "tensorboard"):
-                remove(out / name)
-        ranks.barrier()
         shards = prepare_data(recipe, out, ranks, self.log)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         validation = [shard for shard in shards if shard.info.name.startswith("validation")]
         training = [shard for shard in shards if not shard.info.name.startswith("validation")]
+        for line in _idle_patterns(recipe, [shard.info.name for shard in training]):
+            self.log(line)
         self.mixture = Mixture(
             training,
             self.tokenizer,
@@ -174,18 +197,29 @@ class Run:
         self.rows = Rows(recipe.run.micro_tokens, recipe.objectives.long_window if recipe.run.aggregate else 0)
         self.validator = Validator(validation, self.tokenizer, windows=recipe.run.validation_windows)
         model = build_model(recipe, self.config, self.mixture, ranks, self.log)
-        self.trainer = Trainer(model, recipe, ranks, Edits.load(out / "edits.json"))
+        self.trainer = Trainer(model, recipe, ranks, Edits() if fresh else Edits.load(out / "edits.json"))
         self.progress = Progress()
+        self.made_with = {"openglm": __version__, "torch": str(torch.__version__), "shards": digest(shards)}
         if not there:
             _hold(out, ranks, held)
+        if fresh:
+            self.mixture.sample(0)  # schedules may leave no source there: the last that an input can do wrong
+            ranks.together(lambda: _clear(out) if ranks.lead else None)
         r = recipe.run
-        self.snapshots = Snapshots(out / "snapshots", ranks, keep=r.keep_snapshots, keep_every=r.keep_every)
-        self.snapshots.clean()
+        self.snapshots = Snapshots(
+            out / "snapshots",
+            ranks,
+            keep=r.keep_snapshots,
+            keep_every=r.keep_every,
+            model=identity(self.config, recipe.data.tokenizer),
+        )
         resumed = self._resume()
+        self.snapshots.clean()
         trackers = Trackers(r.trackers, out, recipe.to_dict(), self.log) if ranks.lead else None
-        self.recorder = Recorder(out, ranks.lead, from_samples=self.progress.samples, trackers=trackers)
+        self.recorder = ranks.together(lambda: Recorder(out, ranks.lead, from_samples=self.progress.samples, trackers=trackers))
         if resumed:
             self.recorder.note("resume", self.progress.samples, **resumed)
+        self._tell_damaged()
         self.loader = Loader(self.mixture, self.rows, ranks.data_rank, ranks.layout.data)
 
     def _resume(self) -> dict[str, Any]:
@@ -194,17 +228,47 @@ class Run:
         if found is None:
             return {}
         path, state = found
-        self.progress = self.snapshots.load(path, state, self.trainer.model, self.trainer.optimizer)
-        self.trainer.restore(state["trainer"])
+        self._take_up(path, state)
         self.log(f"resumed from `{path.name}`: {self.progress.samples:,} samples, {self.progress.tokens:,} tokens")
-        changes = list(_changes(state["recipe"], self.recipe.to_dict()))
+        before = state.get("made_with", self.made_with)  # older snapshots do not say
+        changes = [*_changes(state["recipe"], self.recipe.to_dict()), *_changes(before, self.made_with)]
         for change in changes:
             self.log(f"changed since then: {change}")
         return {"snapshot": path.name, "changes": changes}
 
+    def _take_up(self, path: Path, state: dict[str, Any]) -> None:
+        self.progress = self.snapshots.load(path, state, self.trainer.model, self.trainer.optimizer)
+        try:
+            self.trainer.restore(state["trainer"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"`{path / 'state.json'}` is not what a run wrote there: its `trainer` cannot be read",
+                hint="remove this snapshot to go on from the one before",
+                path=path,
+                key="trainer",
+            ) from error
+
+    def _tell_damaged(self) -> None:
+        for name in self.snapshots.damaged:
+            self.log(f"the snapshot `{name}` is damaged and was passed over")
+            self.recorder.note("damaged", self.progress.samples, why=f"the snapshot `{name}` was passed over")
+
+    def _check_weights(self) -> None:
+        """Raise ``TrainingError`` on all processes if a weight is not finite: such weights are never written."""
+        weights = self.trainer.model.weights().items()
+        own = next((name for name, weight in weights if not local(weight.detach()).isfinite().all()), None)
+        for name in self.ranks.gather(own):
+            if name is not None:
+                raise TrainingError(
+                    f"the weights are not finite at sample {self.progress.samples:,} (`{name}`), so they are not saved",
+                    hint="lower optimizer.learning_rate, and run the same command: it goes on from the last snapshot",
+                    key="optimizer",
+                )
+
     def save(self) -> None:
         """Begin a snapshot of where the run stands."""
-        state = {"recipe": self.recipe.to_dict(), "trainer": self.trainer.state()}
+        self._check_weights()
+        state = {"recipe": self.recipe.to_dict(), "made_with": self.made_with, "trainer": self.trainer.state()}
         self.snapshots.save(self.trainer.model, self.trainer.optimizer, self.progress, state)
 
     def validate(self) -> dict[str, float]:
@@ -275,8 +339,7 @@ class Run:
                 key="stability",
             )
         path, state = found
-        self.progress = self.snapshots.load(path, state, self.trainer.model, self.trainer.optimizer)
-        self.trainer.restore(state["trainer"])
+        self._take_up(path, state)
         self.snapshots.forget_after(self.progress.samples)
         start = self.progress.samples
         self.recorder.rewind(start)
@@ -288,11 +351,13 @@ class Run:
         if self.ranks.lead:
             edits.save(self.out / "edits.json")
         self.recorder.note("rollback", suspect, to=path.name, **dataclasses.asdict(edits))
+        self._tell_damaged()
         left_out = f", leaving out samples {start:,} to {end:,}" if policy.skip_samples else ""
         self.log(f"rolled back to `{path.name}`{left_out}")
 
     def export(self) -> Path:
         """Write the weights as a float16 checkpoint to ``out/model``."""
+        self._check_weights()
         target = self.out / "model"
         parts: dict[str, Tensor] = {name: tensor.cpu() for name, tensor in self.trainer.model.whole_weights()}
         if self.ranks.layout.pipeline > 1:
@@ -327,9 +392,10 @@ def train(
     """Train until the recipe's samples are done; returns the folder of the finished checkpoint, ``out/model``.
 
     Under torchrun every process calls it, and the recipe's [parallel] says who does what. Resumes from the newest
-    snapshot in ``out``; ``fresh`` removes what is there. ``stop_after``: seconds after which to save a snapshot and stop;
-    ``should_stop``: asked after each step, True does the same. The checkpoint is written from wherever the run stands.
-    Metrics go to ``out/metrics.jsonl``, interventions to ``out/events.jsonl``.
+    snapshot in ``out``; ``fresh`` removes what is there, once data, tokenizer and network are known to be good.
+    ``stop_after``: seconds after which to save a snapshot and stop; ``should_stop``: asked after each step, True does the
+    same. The checkpoint is written from wherever the run stands. Metrics go to ``out/metrics.jsonl``, interventions to
+    ``out/events.jsonl``. An ``OpenGLMError`` of one process is raised on all.
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
@@ -353,17 +419,16 @@ def train(
             run.close()
 
 
+def _clear(out: Path) -> None:
+    """Remove what an earlier run left; its last model stays until this one has its own."""
+    for name in ("snapshots", "metrics.jsonl", "events.jsonl", "edits.json", "tensorboard"):
+        remove(out / name)
+
+
 def _hold(out: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
     """Two runs in one folder would remove each other's snapshots. All processes raise if another run has it."""
-    error: StorageError | None = None
-    if ranks.lead:
-        try:
-            held.enter_context(exclusive(out, "wait until it has ended, or give another --out"))
-        except StorageError as found:
-            error = found
-    error = ranks.told(error)
-    if error is not None:
-        raise error
+    hint = "wait until it has ended, or give another --out"
+    ranks.together(lambda: held.enter_context(exclusive(out, hint)) if ranks.lead else None)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openglm.errors import CheckpointError
 from openglm.storage import atomic_write
 from openglm.training.recipe import StabilitySection
 
@@ -44,13 +45,22 @@ class Edits:
 
     @classmethod
     def load(cls, path: Path) -> Edits:
-        """What ``save`` wrote; nothing if there is no such file."""
-        if not path.is_file():
+        """What ``save`` wrote; nothing if there is no such file. Raises ``CheckpointError`` for anything else."""
+        if not path.exists():
             return cls()
-        values = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("skipped", "rewarm"):
-            values[key] = [(int(a), int(b)) for a, b in values[key]]
-        return cls(**values)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            made = cls(**values)
+            made.skipped, made.rewarm = ([(int(a), int(b)) for a, b in pairs] for pairs in (made.skipped, made.rewarm))
+            if not (isinstance(made.rollbacks, int) and 0 <= made.shrink < math.inf):
+                raise ValueError(values)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"`{path}` is not what a run wrote there",
+                hint="put a copy of it back, or start anew with --fresh",
+                path=path,
+            ) from error
+        return made
 
 
 class SpikeGuard:

@@ -73,7 +73,7 @@ class Trainer:
             mesh = self.ranks.mesh
             stage = mesh["pipeline"].get_local_rank() if mesh is not None else 0
             place = self.ranks.data_rank * self.ranks.layout.pipeline + stage
-            torch.manual_seed((self.recipe.run.seed * 1_000_003 + samples) * 65_537 + place)
+            torch.manual_seed(((self.recipe.run.seed * 1_000_003 + samples) * 65_537 + place) % 2**64)
         return rate
 
     def step(self, batch: GlobalBatch, rows: Rows, *, measure_updates: bool = False) -> StepResult:
