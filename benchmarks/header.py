@@ -38,6 +38,7 @@ def in_words(device: torch.device) -> str:
     """Processor, memory and threads, and the GPU where one computes."""
     host = f"{os.cpu_count()} cores, {machine_name(torch.device('cpu'))}, {total_memory() / 2**30:.0f} GiB"
     if device.type != "cuda":
-        return f"{host}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{host}, {threads} thread{'s' if threads > 1 else ''}"
     size = torch.cuda.get_device_properties(device).total_memory
     return f"{machine_name(device)}, {size / 2**30:.0f} GiB, in a host with {host}"

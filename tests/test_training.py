@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
@@ -622,3 +624,29 @@ def test_a_run_with_a_head_start_begins_below_chance(recipe, tmp_path):
     train(recipe("run.samples=4"), plain, log=lambda _: None)
     train(recipe("run.samples=4", "model.head_start=true", "model.embedding_scale=0.5"), ahead, log=lambda _: None)
     assert rows(ahead)[0]["loss"] < rows(plain)[0]["loss"] - 0.3
+
+
+# --- the tour of docs/training.md
+
+
+def test_the_tour_from_texts_to_a_filled_blank(request, tmp_path, monkeypatch):
+    """The script, the recipe and the very commands of the page, in fewer steps."""
+    page = (request.config.rootpath / "docs" / "training.md").read_text(encoding="utf-8")
+    tour = page.partition("## From a folder of texts")[2].partition("\n## ")[0]
+    script, toml = (re.search(f"^```{kind}\n(.*?)^```", tour, re.M | re.S) for kind in ("python", "toml"))
+    assert script and toml
+    monkeypatch.chdir(tmp_path)
+    exec(script[1], {})
+    fewer = re.sub(r"^samples = .*", "samples = 64", toml[1], flags=re.M)
+    assert fewer != toml[1]
+    Path("small.toml").write_text(fewer, encoding="utf-8")
+    commands = [shlex.split(line)[2:] for line in tour.splitlines() if line.startswith("$ glm ")]
+    said = [command_line.run(*command) for command in commands]
+    steps = [" ".join(command[: 2 if command[0] in ("tokenizer", "data") else 1]) for command in commands]
+    assert list(dict.fromkeys(steps)) == ["tokenizer train", "data prepare", "data inspect", "train", "fill", "report"]
+    for command, shown in zip(commands, said, strict=True):
+        if command[0] == "fill":
+            before, after = command[-1].split("[MASK]")
+            assert shown.stdout.startswith(before) and shown.stdout.endswith(after + "\n")
+    assert rows(Path("runs/small"))[-1]["bits_per_byte"].keys() == {"en"}
+    assert Path("runs/small/report/report.html").is_file()
