@@ -1,28 +1,45 @@
-"""3D parallelism against one process: loss, every gradient, the norm, weights; and the traps that stay silent."""
+"""3D parallelism against one process: loss, every gradient, the norm, weights; and the traps that stay silent.
+
+All goes through what a run uses: ``build_model``, ``Trainer.apply_schedules`` and ``Trainer.step``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from openglm.config import ModelConfig
+from openglm.data.loader import GlobalBatch, MicroBatch, Rows, share_of
+from openglm.data.mixture import Sample
 from openglm.errors import ConfigError
-from openglm.infilling import NO_TARGET
+from openglm.infilling import NO_TARGET, Batch
 from openglm.kernels.compiled import why_not
 from openglm.models.glm130b import GLM130B
-from openglm.parallel.execution import Execution, MicroBatch
 from openglm.parallel.layout import ParallelLayout
-from openglm.parallel.stage import Stage, gather, initialize, parallelize
+from openglm.parallel.stage import gather
+from openglm.training.optimizer import moments
+from openglm.training.ranks import Ranks
+from openglm.training.recipe import read_recipe
+from openglm.training.run import build_model
+from openglm.training.step import Trainer
 
 CONFIG = ModelConfig(
     num_layers=4, hidden_size=64, num_attention_heads=4, inner_hidden_size=96, vocab_size=96, max_sequence_length=32
 )
+#: Where an axis is cut into eight.
+DEEP = dataclasses.replace(CONFIG, num_layers=8, num_attention_heads=8)
 ROWS, LENGTH = 8, 32
+#: Makes the samples of a batch; where they come from is another test's.
+SAMPLE = Sample(None, "[MASK]", "en", "made")  # pyright: ignore[reportArgumentType]
 
 
-def batch() -> MicroBatch:
+def batch() -> Batch:
     """Prefixes of different lengths, targets behind them, as blanks have them."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(11, 96, (ROWS, LENGTH), generator=generator)
@@ -32,16 +49,27 @@ def batch() -> MicroBatch:
         prefix = 5 + 3 * row
         mask[row, :, :prefix] = True
         targets[row, prefix:] = torch.randint(11, 96, (LENGTH - prefix,), generator=generator)
-    return MicroBatch(tokens, torch.arange(LENGTH).expand(ROWS, LENGTH).contiguous(), mask, targets)
+    positions = torch.arange(LENGTH).expand(ROWS, LENGTH).contiguous()
+    return Batch(tokens, positions, mask, torch.ones_like(tokens, dtype=torch.bool), targets)
 
 
-def rows_of(whole: MicroBatch, rows: slice) -> MicroBatch:
-    return MicroBatch(whole.tokens[rows], whole.positions[rows], whole.mask[rows], whole.targets[rows])
+def share(ranks: Ranks, parts: int) -> GlobalBatch:
+    """A data rank's rows of the batch in so many micro-batches."""
+    whole = batch()
+    rows = share_of(0, ROWS, ranks.data_rank, ranks.layout.data)
+    micro_batches = []
+    for part in np.array_split(np.arange(rows.start, rows.stop), parts):
+        own = Batch(*(getattr(whole, field.name)[part[0] : part[-1] + 1] for field in dataclasses.fields(Batch)))
+        micro_batches.append(MicroBatch(own, [SAMPLE] * len(part), np.arange(len(part))[:, None].repeat(LENGTH, 1)))
+    counts = [int((micro.batch.targets != NO_TARGET).sum()) for micro in micro_batches]
+    return GlobalBatch(0, ROWS, micro_batches, tokens=len(rows) * LENGTH, targets=sum(counts))
 
 
-def reference(input_factor: float = 1.0, output_factor: float = 1.0) -> tuple[float, dict[str, torch.Tensor]]:
+def reference(
+    input_factor: float = 1.0, output_factor: float = 1.0, config: ModelConfig = CONFIG
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss and gradients of one plain process."""
-    network = GLM130B(CONFIG).initialize(5)
+    network = GLM130B(config).initialize(5)
     network.input_gradient_factor, network.output_gradient_factor = input_factor, output_factor
     whole = batch()
     logits = network(whole.tokens, whole.positions, whole.mask)
@@ -50,33 +78,27 @@ def reference(input_factor: float = 1.0, output_factor: float = 1.0) -> tuple[fl
     return float(loss.detach()), {name: p.grad for name, p in network.named_parameters()}
 
 
-def stage_on(layout: ParallelLayout, mesh, **options) -> Stage:
-    """This process's part of the network, with weights."""
-    with torch.device("meta"):
-        network = GLM130B(CONFIG)
-    stage = parallelize(network, layout, mesh, **options)
-    stage.to_empty(device="cpu")
-    initialize(stage, CONFIG, 5)
-    return stage
+def trainer_on(layout: ParallelLayout, *changes: str, config: ModelConfig = CONFIG) -> Trainer:
+    """This process of a run on a layout, before its first step."""
+    shape = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+    table = ",".join(f"{name}={json.dumps(value)}" for name, value in shape.items())
+    windows = (f"objectives.window={LENGTH}", f"objectives.long_window={LENGTH}")
+    recipe = read_recipe(None, [f"model.changes={{{table}}}", *windows, "run.seed=5", "run.precision=float32", *changes])
+    ranks = Ranks(layout, layout.mesh("cpu"), dist.get_rank())
+    return Trainer(build_model(recipe, config, None, ranks), recipe, ranks)  # pyright: ignore[reportArgumentType]
 
 
-def one_step(layout: ParallelLayout, options: dict, factors: tuple[float, float], micro: int):
-    """On each rank: loss (last stages), gradients of the stage, the norm, and the coordinates."""
-    mesh = layout.mesh("cpu")
-    stage = stage_on(layout, mesh, **options)
-    stage.input_gradient_factor, stage.output_gradient_factor = factors
-    execution = Execution(stage, layout, mesh)
-    whole = batch()
-    share = ROWS // layout.data
-    start = mesh["data"].get_local_rank() * share
-    size = share // micro
-    own = [rows_of(whole, slice(start + k * size, start + (k + 1) * size)) for k in range(micro)]
-    count = int((whole.targets != NO_TARGET).sum())
-    losses = execution.forward_backward(own, 1 / count)
+def one_step(layout: ParallelLayout, changes: tuple[str, ...], micro: int, config: ModelConfig = CONFIG):
+    """On each rank: loss (last stages), gradients of the stage, and the norm."""
+    trainer = trainer_on(layout, *changes, config=config)
+    trainer.apply_schedules(0)
+    model, own = trainer.model, share(trainer.ranks, micro)
+    count = int((batch().targets != NO_TARGET).sum())
+    losses = model.forward_backward([part.batch for part in own.micro_batches], 1 / count)
     loss = torch.tensor(sum(float(part.sum()) for part in losses) / count, dtype=torch.float64)
     dist.all_reduce(loss)  # every tensor rank of a last stage has it
-    norm = execution.gradient_norm()
-    gradients = {name: gradient.clone() for name, gradient in gather(stage, lambda p: p.grad)}
+    norm = sum(model.norms().values()) ** 0.5
+    gradients = {name: gradient.clone() for name, gradient in gather(model.network, lambda p: p.grad)}
     return float(loss) / layout.tensor, gradients, norm
 
 
@@ -92,6 +114,8 @@ LAYOUTS = [
     ParallelLayout(tensor=2, pipeline=2),
     ParallelLayout(data=2, tensor=2, pipeline=2),
     ParallelLayout(data=8),
+    ParallelLayout(tensor=8),
+    ParallelLayout(pipeline=8),
     ParallelLayout(tensor=2, pipeline=4),
 ]
 
@@ -112,18 +136,19 @@ def compare(results, layout: ParallelLayout, expected, limit: float = 1e-6) -> N
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_loss_and_gradients_equal_one_process(workers, layout: ParallelLayout) -> None:
-    results = workers.run(
-        layout.world_size, one_step, layout, {}, (1.0, 1.0), 1 if layout.data == 8 else max(2, layout.pipeline)
-    )
-    compare(results, layout, reference())
+    config = DEEP if 8 in (layout.tensor, layout.pipeline) else CONFIG
+    micro = 1 if layout.data == 8 else max(2, layout.pipeline)
+    results = workers.run(layout.world_size, one_step, layout, (), micro, config)
+    compare(results, layout, reference(config=config))
 
 
 def test_with_recomputation_resharding_and_shrunk_gradients(workers) -> None:
+    shrunk = ("optimizer.input_gradient_factor=0.1", "optimizer.output_gradient_factor=0.3", "parallel.recompute=true")
     layout = ParallelLayout(data=2, tensor=2)
-    results = workers.run(4, one_step, layout, {"recompute": True, "reshard": True}, (0.1, 0.3), 2)
+    results = workers.run(4, one_step, layout, (*shrunk, "parallel.reshard=true"), 2)
     compare(results, layout, reference(0.1, 0.3))
     layout = ParallelLayout(tensor=2, pipeline=2)
-    results = workers.run(4, one_step, layout, {"recompute": True}, (0.1, 0.3), 4)
+    results = workers.run(4, one_step, layout, shrunk, 4)
     compare(results, layout, reference(0.1, 0.3))
 
 
@@ -136,16 +161,14 @@ def test_with_recomputation_resharding_and_shrunk_gradients(workers) -> None:
     ],
 )
 def test_with_compiled_layers(workers, layout: ParallelLayout, recompute: bool) -> None:
-    options = {"compile": True, "recompute": recompute}
-    results = workers.run(layout.world_size, one_step, layout, options, (1.0, 1.0), 2)
+    changes = ("run.compile=true", f"parallel.recompute={json.dumps(recompute)}")
+    results = workers.run(layout.world_size, one_step, layout, changes, 2)
     compare(results, layout, reference())
 
 
-def weights_of(layout: ParallelLayout):
-    """Checks that no shard repeats another, and returns the whole weights of this rank's stage."""
-    mesh = layout.mesh("cpu")
-    stage = stage_on(layout, mesh)
-    return dict(gather(stage))
+def weights_of(layout: ParallelLayout) -> dict[str, torch.Tensor]:
+    """Whole weights of this rank's stage, before the first step."""
+    return dict(trainer_on(layout).model.whole_weights())
 
 
 @pytest.mark.parametrize(
@@ -164,18 +187,14 @@ def test_weights_do_not_depend_on_the_layout(workers, layout: ParallelLayout) ->
     assert seen == expected.keys()
 
 
-def clipped_update(layout: ParallelLayout, precision: str):
-    """Gradients after clipping to 0.1, computed in a precision."""
-    mesh = layout.mesh("cpu")
-    stage = stage_on(layout, mesh, precision=precision)
-    execution = Execution(stage, layout, mesh)
-    whole = batch()
-    share = ROWS // layout.data
-    own = slice(mesh["data"].get_local_rank() * share, (mesh["data"].get_local_rank() + 1) * share)
-    parts = [rows_of(whole, slice(k, k + 1)) for k in range(own.start, own.stop)]
-    execution.forward_backward(parts, 1 / int((whole.targets != NO_TARGET).sum()))
-    norm = execution.clip(0.1)
-    return norm, dict(gather(stage, lambda p: p.grad))
+def clipped_step(layout: ParallelLayout, precision: str):
+    """A step that clips to 0.1: what it reports, and the gradient that AdamW was given, which is in its first moment."""
+    trainer = trainer_on(layout, f"run.precision={precision}", "optimizer.clip_norm=0.1")
+    result = trainer.step(share(trainer.ranks, ROWS // layout.data), Rows(LENGTH))
+    first = {
+        name: moment / 0.1 for name, moment in gather(trainer.model.network, lambda p: moments(trainer.optimizer, p)["exp_avg"])
+    }
+    return result, first
 
 
 @pytest.mark.parametrize(
@@ -189,18 +208,22 @@ def clipped_update(layout: ParallelLayout, precision: str):
     ids=str,
 )
 def test_clipping_is_by_the_norm_over_all_axes(workers, layout: ParallelLayout, precision: str, limit: float) -> None:
-    _, gradients = reference()
+    loss, gradients = reference()
     norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
-    for found, parts in workers.run(layout.world_size, clipped_update, layout, precision):
-        assert found == pytest.approx(norm, rel=1e-6 if precision == "float32" else 0.02)
+    seen: set[str] = set()
+    for result, parts in workers.run(layout.world_size, clipped_step, layout, precision):
+        assert result.loss == pytest.approx(loss, rel=1e-6 if precision == "float32" else 1e-3)
+        assert result.gradient_norm == pytest.approx(norm, rel=1e-6 if precision == "float32" else 0.02)
         for name, gradient in parts.items():
             assert gradient.dtype == torch.float32
             assert (gradient - gradients[name] * 0.1 / norm).abs().max() <= limit * 0.1 / norm, name
+            seen.add(name)
+    assert seen == gradients.keys()
 
 
 def too_few_micro_batches(layout: ParallelLayout) -> str:
     try:
-        one_step(layout, {}, (1.0, 1.0), 1)
+        one_step(layout, (), 1)
     except ConfigError as error:
         return str(error)
     return ""
@@ -236,12 +259,10 @@ def test_stages_are_lighter_at_the_ends() -> None:
 
 
 def masks_of(layout: ParallelLayout) -> tuple[list[int], list[torch.Tensor], list[torch.Tensor]]:
-    """Place on the mesh, dropout masks of the branches, and of the attention weights, of one forward pass."""
-    mesh = layout.mesh("cpu")
-    stage = stage_on(layout, mesh)
-    stage.set_dropout(0.5, 0.5)
+    """Place on the mesh, dropout masks of the branches, and of the attention weights, of one step."""
+    trainer = trainer_on(layout, "optimizer.hidden_dropout=0.5", "optimizer.attention_dropout=0.5")
+    mesh = trainer.ranks.mesh
     place = [mesh[axis].get_local_rank() for axis in ("pipeline", "data", "tensor")]
-    torch.manual_seed(17 + 100 * place[0] + 10 * place[1])  # as the step does: by stage and data rank
     hidden: list[torch.Tensor] = []
     attention: list[torch.Tensor] = []
     real = F.dropout, F.scaled_dot_product_attention
@@ -257,18 +278,11 @@ def masks_of(layout: ParallelLayout) -> tuple[list[int], list[torch.Tensor], lis
 
     F.dropout, F.scaled_dot_product_attention = dropout, attend
     try:
-        whole = batch()
-        x = whole.tokens if stage.first else torch.randn(ROWS, LENGTH, CONFIG.hidden_size)
-        if layout.tensor > 1:
-            from torch.distributed.tensor.parallel import loss_parallel
-
-            with loss_parallel():
-                stage(x, whole.positions, whole.mask, whole.targets)
-        else:
-            stage(x, whole.positions, whole.mask, whole.targets)
+        trainer.step(share(trainer.ranks, layout.pipeline), Rows(LENGTH))
     finally:
         F.dropout, F.scaled_dot_product_attention = real
-    return place, hidden, attention
+    # Two layers of a stage, two micro-batches: before its first step a schedule infers shapes, and takes back what that drew.
+    return place, hidden[-8:], attention[-4:]
 
 
 def test_no_dropout_mask_is_repeated_on_two_shards(workers) -> None:
@@ -276,23 +290,24 @@ def test_no_dropout_mask_is_repeated_on_two_shards(workers) -> None:
     for a in range(8):
         for b in range(a):
             (one, hidden_a, attention_a), (other, hidden_b, attention_b) = found[a], found[b]
-            same_but_tensor = one[:2] == other[:2]
-            # Branches lie whole on every tensor rank and are dropped alike there; all else differs.
-            assert all(torch.equal(x, y) == same_but_tensor for x, y in zip(hidden_a, hidden_b, strict=True))
-            assert not any(torch.equal(x, y) for x, y in zip(attention_a, attention_b, strict=True))
+            # Branches lie whole on every tensor rank and are dropped alike there; all else differs, whenever it is drawn.
+            if one[:2] == other[:2]:
+                assert all(torch.equal(x, y) for x, y in zip(hidden_a, hidden_b, strict=True))
+            else:
+                assert not any(torch.equal(x, y) for x in hidden_a for y in hidden_b)
+            assert not any(torch.equal(x, y) for x in attention_a for y in attention_b)
     for _, hidden, attention in found:
+        assert len(hidden) == 8 and len(attention) == 4
         for masks in (hidden, attention):
-            assert len(masks) == (4 if masks is hidden else 2)
             assert not any(torch.equal(masks[k], masks[j]) for k in range(len(masks)) for j in range(k))
 
 
 def dropped_gradients(layout: ParallelLayout, recompute: bool):
-    mesh = layout.mesh("cpu")
-    stage = stage_on(layout, mesh, recompute=recompute)
-    stage.set_dropout(0.1, 0.1)
-    torch.manual_seed(3)
-    Execution(stage, layout, mesh).forward_backward([batch()], 0.001)
-    return dict(gather(stage, lambda p: p.grad))
+    dropout = ("optimizer.hidden_dropout=0.1", "optimizer.attention_dropout=0.1")
+    trainer = trainer_on(layout, *dropout, f"parallel.recompute={json.dumps(recompute)}")
+    trainer.apply_schedules(3)
+    trainer.model.forward_backward([batch()], 0.001)
+    return dict(gather(trainer.model.network, lambda p: p.grad))
 
 
 def test_recomputation_drops_the_same(workers) -> None:

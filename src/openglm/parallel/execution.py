@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Execution:
     mesh: DeviceMesh
     dtype: torch.dtype = torch.float32
     """What the stage computes in."""
+    timeout: timedelta | None = None
+    """Until a collective of its own fails; None = torch's."""
     _schedules: dict[tuple[int, ...], Schedule1F1B] = field(default_factory=dict)
     _ends: Any = None
 
@@ -52,7 +54,7 @@ class Execution:
             for data in range(self.layout.data):
                 for tensor in range(self.layout.tensor):
                     ends = [int(ranks[0, data, tensor]), int(ranks[-1, data, tensor])]
-                    group = dist.new_group(ends)
+                    group = dist.new_group(ends, timeout=self.timeout)
                     if dist.get_rank() in ends:
                         self._ends = group
 
@@ -170,22 +172,11 @@ class Execution:
         dist.all_reduce(stacked)
         return dict(zip(totals, stacked.tolist(), strict=True))
 
-    def gradient_norm(self) -> float:
-        """The norm of the whole gradient over all axes."""
-        return math.sqrt(self.squared_norms({"all": 0.0}, lambda _: "all")["all"])
-
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient by a number."""
         for parameter in self.stage.parameters():
             if parameter.grad is not None:
                 local(parameter.grad).mul_(factor)
-
-    def clip(self, limit: float) -> float:
-        """Shrink the gradient to a norm of at most ``limit``; returns the norm before."""
-        norm = self.gradient_norm()
-        if norm > limit:
-            self.scale_gradients(limit / norm)
-        return norm
 
 
 def local_device(stage: Stage) -> torch.device:

@@ -12,10 +12,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from openglm.config import ModelConfig
 from openglm.infilling import NO_TARGET
 from openglm.kernels.compiled import compile_layers
-from openglm.models.glm130b import GLM130B, Layer, initial_values
+from openglm.models.glm130b import GLM130B, Layer
 from openglm.parallel.layout import ParallelLayout
 from openglm.parallel.tensor import from_pairs, is_paired, pair_linears, parallelize_tensors, put, to_pairs, whole
 
@@ -113,18 +112,13 @@ def plain_parameters(stage: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int,
 
 
 def fill(stage: nn.Module, values: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-    """Give every parameter its part of ``values(name, shape)``, the whole tensor of the plain network."""
-    for name, parameter, shape in plain_parameters(stage):
-        full = values(name, shape)
-        put(parameter, to_pairs(full) if is_paired(name) else full)
-
-
-def initialize(stage: nn.Module, config: ModelConfig, seed: int) -> None:
-    """The weights of ``GLM130B.initialize``, the same bits on every layout.
+    """Give every parameter its part of ``values(name, shape)``, the whole tensor of the plain network.
 
     torch's own random initialisation of cut tensors repeats itself on every shard on a CPU, silently.
     """
-    fill(stage, lambda name, shape: initial_values(config, name, shape, seed))
+    for name, parameter, shape in plain_parameters(stage):
+        full = values(name, shape)
+        put(parameter, to_pairs(full) if is_paired(name) else full)
 
 
 def gather(stage: nn.Module, pick: Callable[[Tensor], Tensor | None] = lambda p: p) -> Iterator[tuple[str, Tensor]]:

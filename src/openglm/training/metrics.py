@@ -5,15 +5,17 @@ from __future__ import annotations
 import datetime
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from openglm.parallel.layout import ParallelLayout
 from openglm.storage import Journal, atomic_write
 from openglm.training.snapshots import Progress
 from openglm.training.step import StepResult, Sums
 from openglm.training.trackers import Trackers
 
-#: A process is called slow when its steps take so many times the median of all.
+#: A process is called slow when its own work takes so many times the median of those that have the same to do.
 STRAGGLER = 1.3
 
 
@@ -34,8 +36,8 @@ class Recorder:
             self._trackers.rewind(metrics.entries[-1]["step"] if metrics.entries else 0)
         return metrics
 
-    def row(self, progress: Progress, result: StepResult, speed: float, times: list[float]) -> None:
-        """One row of metrics. ``times``: seconds of the step by process."""
+    def row(self, progress: Progress, result: StepResult, speed: float, times: list[float], slow: list[int]) -> None:
+        """One row of metrics. ``times``: seconds of own work a step, by process; ``slow``: those that are ``stragglers``."""
         if self._metrics is None:
             return
         row: dict[str, Any] = {
@@ -56,7 +58,6 @@ class Recorder:
         }
         if len(times) > 1:
             row["rank_seconds"] = [round(value, 4) for value in times]
-            slow = stragglers(times)
             if slow:
                 row["stragglers"] = slow
         self._metrics.append(row)
@@ -88,10 +89,21 @@ class Recorder:
             self._trackers.close()
 
 
-def stragglers(times: list[float]) -> list[int]:
-    """Ranks whose step took clearly longer than the median."""
-    middle = statistics.median(times)
-    return [rank for rank, value in enumerate(times) if value > STRAGGLER * middle]
+def stragglers(times: Sequence[float], layout: ParallelLayout, num_layers: int) -> list[int]:
+    """Ranks whose own work, in seconds by rank, takes clearly longer than the median of the same pipeline stage.
+
+    Where each stage is one process, all are compared, by seconds a layer.
+    """
+    each = layout.data * layout.tensor
+    found = []
+    if each == 1:
+        times = [time / len(layers) for time, layers in zip(times, layout.stage_layers(num_layers), strict=True)]
+        each = len(times)
+    for start in range(0, len(times), each):
+        stage = times[start : start + each]
+        middle = statistics.median_low(stage)
+        found += [start + place for place, time in enumerate(stage) if time > STRAGGLER * middle]
+    return found
 
 
 def cut_after(path: Path, samples: int) -> None:

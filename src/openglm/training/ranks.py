@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,8 +18,12 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.distributed.device_mesh import DeviceMesh
 
 from openglm.errors import ConfigError, OpenGLMError, TrainingError
-from openglm.parallel.layout import ParallelLayout
+from openglm.parallel.layout import AXES, ParallelLayout
 from openglm.training.recipe import Recipe
+from openglm.training.stopwatch import Stopwatch
+
+#: Seconds that processes have to answer, once one of them has waited in vain; and that they may come up apart.
+ROLL_CALL, MEETING = 2.0, 60.0
 
 Value = TypeVar("Value")
 
@@ -34,6 +39,8 @@ class Ranks:
     """A gloo group of all processes for objects."""
     writing: dist.ProcessGroup | None = None
     """Another one, for the threads that write snapshots meanwhile: two threads must not share a group."""
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    """Of this process's own work; it stands still while the process is with the others."""
 
     @property
     def lead(self) -> bool:
@@ -56,16 +63,18 @@ class Ranks:
     def _reduce(self, numbers: Sequence[float], operation: Any) -> list[float]:
         if self.mesh is None or self.layout.data == 1:
             return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.mesh.device_type)
-        dist.all_reduce(tensor, op=operation, group=self.mesh.get_group("data"))
-        return tensor.tolist()
+        with self.stopwatch.together():
+            tensor = torch.tensor(numbers, dtype=torch.float64, device=self.mesh.device_type)
+            dist.all_reduce(tensor, op=operation, group=self.mesh.get_group("data"))
+            return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """What every process hands in, by rank."""
         if self.mesh is None:
             return [value]
         values: list[Any] = [None] * self.layout.world_size
-        dist.all_gather_object(values, value, group=self.side)
+        with self.stopwatch.together():
+            dist.all_gather_object(values, value, group=self.side)
         return values
 
     def told(self, value: Any) -> Any:
@@ -99,6 +108,40 @@ class Ranks:
         if self.mesh is not None:
             dist.barrier(group=self.writing if writing else self.side)
 
+    @contextlib.contextmanager
+    def named_if_silent(self) -> Iterator[None]:
+        """Raise ``TrainingError`` with the ranks that no longer answer where gloo only says that it has waited long enough.
+
+        NCCL ends the process from another thread instead, and names the collective.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.mesh is None or not _waited_in_vain(error):
+                raise
+            silent = self._silent()
+            who = f"rank {', '.join(map(str, silent))} no longer answers" if silent else "the processes lost each other"
+            raise TrainingError(
+                f"{who}: the others have waited as long as `parallel.timeout` says",
+                hint="the same command goes on from the newest snapshot; torchrun --max-restarts gives it by itself",
+                key="parallel.timeout",
+            ) from error
+
+    def _silent(self) -> list[int]:
+        """Ranks that do not come to the store; those that do have waited for the same one, so they come together."""
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=ROLL_CALL))
+        missing = list(range(self.layout.world_size))
+        until = time.monotonic() + ROLL_CALL
+        try:
+            store.set(f"openglm/here/{self.rank}", "")
+            while missing and time.monotonic() < until:
+                missing = [rank for rank in missing if not store.check([f"openglm/here/{rank}"])]
+                time.sleep(0.05)
+        except RuntimeError:
+            return [0]  # the store is the lead's
+        return missing
+
 
 def connect(recipe: Recipe) -> Ranks:
     """The processes that torchrun started, on the recipe's layout; a process alone if there was no torchrun."""
@@ -111,18 +154,23 @@ def connect(recipe: Recipe) -> Ranks:
     device = recipe.run.device
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    limit = timedelta(seconds=p.timeout)
+    set_timeout = dist.distributed_c10d._set_pg_timeout
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        limit = timedelta(seconds=p.timeout)
+        meeting = max(limit, timedelta(seconds=MEETING))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             dist.init_process_group(
-                backend, timeout=limit, store=_own_store(limit), rank=int(os.environ["RANK"]), world_size=size
+                backend, timeout=meeting, store=_own_store(meeting), rank=int(os.environ["RANK"]), world_size=size
             )
         else:
-            dist.init_process_group(backend, timeout=limit)
+            dist.init_process_group(backend, timeout=meeting)
+        set_timeout(limit)
     mesh = layout.mesh("cuda" if device.startswith("cuda") else "cpu")
-    side: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=p.timeout))
-    writing: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=p.timeout))
+    for axis in AXES:  # whose groups begin with torch's half an hour
+        set_timeout(limit, mesh.get_group(axis))
+    side: Any = dist.new_group(backend="gloo", timeout=limit)
+    writing: Any = dist.new_group(backend="gloo", timeout=limit)
     return Ranks(layout, mesh, dist.get_rank(), side, writing)
 
 
@@ -162,6 +210,15 @@ def _own_store(limit: timedelta) -> Any:
             hint = "can the machines reach each other under this address?"
             raise TrainingError(f"the lead's store at {host}:{found} does not answer", hint=hint, key="parallel.timeout")
         time.sleep(0.1)
+
+
+def _waited_in_vain(error: BaseException | None) -> bool:
+    """True if gloo's timeout lies behind an error: what fails afterwards, as a snapshot that is being written, covers it."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and "Timed out" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_batch(recipe: Recipe, layout: ParallelLayout) -> None:

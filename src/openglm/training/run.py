@@ -8,6 +8,7 @@ import difflib
 import fnmatch
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from openglm.parallel.tensor import local
 from openglm.storage import exclusive, remove
 from openglm.tokenizers import load_tokenizer
 from openglm.training.first_weights import first_weights
-from openglm.training.metrics import Recorder
+from openglm.training.metrics import Recorder, stragglers
 from openglm.training.model import MasterWeights, ShardedModel, TrainingModel
 from openglm.training.ranks import Ranks, check_batch, connect
 from openglm.training.recipe import Recipe, batch_size
@@ -153,7 +154,7 @@ def build_model(
 
     fill(stage, whole)
     dtype = getattr(torch, recipe.run.precision)
-    return ShardedModel(Execution(stage, ranks.layout, ranks.mesh, dtype))
+    return ShardedModel(Execution(stage, ranks.layout, ranks.mesh, dtype, timedelta(seconds=p.timeout)))
 
 
 def _why_not_compile(recipe: Recipe, ranks: Ranks) -> str | None:
@@ -285,14 +286,16 @@ class Run:
 
     def steps(self, stop: Callable[[], bool], watch: Watcher | None) -> None:
         """Train until the recipe's samples are done or ``stop`` says so."""
-        r, progress = self.recipe.run, self.progress
+        r, progress, stopwatch = self.recipe.run, self.progress, self.ranks.stopwatch
         last = time.monotonic()
         while (position := self.trainer.edits.position(progress.samples)) < r.samples:
             size = self._size(position)
             following = self.trainer.edits.position(position + size)
+            stopwatch.begin()
             batch = self.loader.batch(position, size, (following, self._size(following)) if following < r.samples else None)
             logged = (progress.steps + 1) % r.log_every == 0
             result = self.trainer.step(batch, self.rows, measure_updates=logged)
+            stopwatch.end()
             now = time.monotonic()
             taken, last = now - last, now
             if result.verdict != "step" or result.why:
@@ -317,8 +320,9 @@ class Run:
             if watch and self.ranks.lead:
                 watch(progress, result, speed)
             if logged or done or stopping:
-                times = self.ranks.gather(taken)
-                self.recorder.row(progress, result, speed, times)
+                times = self.ranks.gather(stopwatch.mean())
+                slow = stragglers(times, self.ranks.layout, self.config.num_layers)
+                self.recorder.row(progress, result, speed, times, slow)
             if progress.steps % r.snapshot_every == 0 or done or stopping:
                 self.save()
             last = time.monotonic()  # validation and snapshots are not training time
@@ -401,7 +405,7 @@ def train(
         torch.set_num_threads(recipe.run.threads)
     check_trackers(recipe.run.trackers)
     ranks = connect(recipe)
-    with contextlib.ExitStack() as held:
+    with ranks.named_if_silent(), contextlib.ExitStack() as held:
         run = Run(recipe, Path(out), ranks, held, fresh=fresh, log=log)
         try:
             left = recipe.run.samples - run.progress.samples

@@ -201,7 +201,7 @@ def loss_scale(run: RunRecord, look: Look) -> Any:
 
 
 def throughput(run: RunRecord, look: Look) -> Any:
-    """Tokens a second, and where there are several processes the time of a step by rank."""
+    """Tokens a second, and where there are several processes the own work of each in a step."""
     speed = run.column("tokens_per_second")
     ranks = _rank_seconds(run)
     if not np.isfinite(speed).any():
@@ -218,7 +218,7 @@ def throughput(run: RunRecord, look: Look) -> Any:
 
 
 def _rank_seconds(run: RunRecord) -> np.ndarray | None:
-    """Seconds of the step, float64 ``[rows, ranks]``; NaN where a row has none."""
+    """Seconds of own work a step, float64 ``[rows, ranks]``; NaN where a row has none."""
     lists: list[list[float]] = [row.get("rank_seconds") or [] for row in run.rows]
     most = max(map(len, lists))
     if most < 2:
@@ -240,7 +240,7 @@ def _draw_ranks(axes: Any, run: RunRecord, seconds: np.ndarray, look: Look) -> N
     x, seconds = run.samples[good], seconds[good]
     ranks = seconds.shape[1]
     slow = [(rank, count) for rank, count in slow_ranks(run) if rank < ranks][:_NAMED_RANKS]
-    axes.set(title=f"Step time of {ranks} ranks", ylabel="seconds a step")
+    axes.set(title=f"Own work of {ranks} ranks", ylabel="seconds a step")
     if ranks <= _NAMED_RANKS:
         words = dict(slow_ranks(run))
         names = [f"rank {rank}" + (f", straggler in {words[rank]:,} rows" if rank in words else "") for rank in range(ranks)]
