@@ -136,7 +136,8 @@ def build_model(
         weights = whole.state_dict()
         fill(stage, lambda name, _: weights[name])
     dtype = getattr(torch, recipe.run.precision)
-    return ShardedModel(Execution(stage, ranks.layout, ranks.mesh, dtype, timedelta(seconds=p.timeout)))
+    execution = Execution(stage, ranks.layout, ranks.mesh, dtype, timedelta(seconds=p.timeout))
+    return ShardedModel(execution, ranks.stopwatch)
 
 
 def _why_not_compile(recipe: Recipe, ranks: Ranks) -> str | None:
