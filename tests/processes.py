@@ -35,7 +35,7 @@ class Workers:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "openglm.parallel.execution"])
+        self._context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "openglm.training.run", "pytest"])
         self._folder = tempfile.TemporaryDirectory()
         self._groups: dict[int, list[tuple[Any, Any]]] = {}
         self._started = 0
@@ -52,7 +52,7 @@ class Workers:
             good, value = connection.recv() if answered else (False, "no answer")
             (results if good else failures).append(value if good else f"rank {rank}:\n{value}")
         if failures:
-            self._end(world_size)
+            self.end(world_size)
             raise AssertionError("\n".join(failures))
         return results
 
@@ -68,7 +68,8 @@ class Workers:
         self._groups[world_size] = group
         return group
 
-    def _end(self, world_size: int) -> None:
+    def end(self, world_size: int) -> None:
+        """End the processes of one group; the next ``run`` starts new ones."""
         for worker, connection in self._groups.pop(world_size):
             worker.kill()
             worker.join()
@@ -77,5 +78,5 @@ class Workers:
     def close(self) -> None:
         """End all processes."""
         for world_size in list(self._groups):
-            self._end(world_size)
+            self.end(world_size)
         self._folder.cleanup()

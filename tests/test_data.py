@@ -7,11 +7,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import zstandard
 
-from openglm.data.loader import Rows, make_batch
+from openglm.data.loader import Loader, Rows, make_batch, share_of
 from openglm.data.mixture import Mixture, Objectives
 from openglm.data.readers import read_documents, thin_out
+from openglm.data.schedule import batch_size_at
 from openglm.data.shards import check_sources, open_shards, write_shards
 from openglm.errors import DataError
 from openglm.infilling import NO_TARGET
@@ -191,6 +193,47 @@ def test_a_causal_twin_reads_the_same_text_as_plain_language_modelling(mixture, 
     for a, b in alike:
         text = [*b.layout.tokens[: b.layout.context - 1], *b.layout.targets[b.layout.context :]]
         assert a.layout.targets[1:].tolist() == text
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_the_batches_of_a_ramp_are_the_same_on_any_number_of_ranks(mixture, ranks):
+    """Token ids, not losses: the shares in the order of the ranks are the batch in the order of the samples."""
+
+    def batches(ranks: int, start: int) -> dict[int, tuple[list, int, int]]:
+        loaders = [Loader(mixture, Rows(256, 128), rank, ranks) for rank in range(ranks)]
+        found, first = {}, start
+        while first < 44:
+            size = batch_size_at(8, (4, 2, 24), first)
+            following = (first + size, batch_size_at(8, (4, 2, 24), first + size))
+            shares = [loader.batch(first, size, following) for loader in loaders]
+            tokens = []
+            for share in shares:
+                own = {}
+                for micro in share.micro_batches:
+                    for place, sample in enumerate(micro.samples):
+                        mine = torch.from_numpy(micro.owners == place)
+                        own[id(sample)] = (micro.batch.tokens[mine].tolist(), micro.batch.targets[mine].tolist())
+                tokens.append(sorted(own.values()))
+            found[first] = (tokens, sum(share.tokens for share in shares), sum(share.targets for share in shares))
+            first += size
+        for loader in loaders:
+            loader.close()
+        return found
+
+    alone, shared = batches(1, 0), batches(ranks, 0)
+    assert list(alone) == list(shared) == [0, 4, 8, 12, 18, 24, 32, 40]
+    for first, (tokens, *counts) in alone.items():
+        size = batch_size_at(8, (4, 2, 24), first)
+        assert counts == list(shared[first][1:])
+        assert sorted(sample for share in shared[first][0] for sample in share) == tokens[0]
+        numbers = [list(share_of(first, size, rank, ranks)) for rank in range(ranks)]
+        assert [n for part in numbers for n in part] == list(range(first, first + size))
+        assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
+        for part, share in zip(numbers, shared[first][0], strict=True):
+            layouts = [mixture.sample(number).layout for number in part]
+            assert share == sorted((layout.tokens.tolist(), layout.targets.tolist()) for layout in layouts)
+    # A run that goes on at sample 18, in the middle of the ramp, on other ranks.
+    assert batches(ranks, 18) == {first: found for first, found in shared.items() if first >= 18}
 
 
 def test_a_batch_holds_each_of_its_samples_once(mixture):

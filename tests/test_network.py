@@ -11,7 +11,7 @@ from twin import Twin
 from openglm import infilling
 from openglm.config import PRESETS, ModelConfig
 from openglm.inference.cache import ColumnPool, Place, PoolView, Run
-from openglm.models.glm130b import GLM130B, RotaryTable, shrink_gradient
+from openglm.models.glm130b import GLM130B, Attention, RotaryTable, rotate, shrink_gradient
 
 SPECIAL = {"pad": 0, "eos": 2, "[MASK]": 3, "[gMASK]": 4, "[sMASK]": 5, "sop": 7, "eop": 8}
 SMALL = ModelConfig(
@@ -116,6 +116,32 @@ def test_rows_are_those_of_the_whole():
     whole = network(batch.tokens, batch.positions, batch.mask).flatten(0, 1)
     rows = torch.tensor([0, 17, 40])
     torch.testing.assert_close(network(batch.tokens, batch.positions, batch.mask, rows=rows), whole[rows])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-6])  # fused, and, with all but no dropout, written out
+def test_softmax_is_in_float32_where_scores_are_beyond_float16(dropout):
+    torch.manual_seed(0)
+    attention = Attention(SMALL, 0)
+    with torch.no_grad():
+        attention.query_key_value.weight.view(4, 3, 8, 32)[:, :2] *= 1000  # queries and keys
+    attention = attention.half()
+    attention.dropout = dropout
+    x = torch.randn(2, 24, 32).half().requires_grad_()
+    rotary = RotaryTable(8, "float32").lookup(torch.arange(24).expand(2, 24), torch.float16, 24)
+    mask = torch.ones(2, 1, 24, 24, dtype=torch.bool).tril()
+    found = attention(x, rotary, mask, None)
+    found.sum().backward()
+
+    # The twin takes the same float16 queries, keys and values, and goes on in float64.
+    qkv = attention.query_key_value(x).view(2, 24, 4, 24).transpose(1, 2)
+    query, key, value = (part.detach() for part in qkv.chunk(3, dim=-1))
+    scores = rotate(query, *rotary).double() @ rotate(key, *rotary).double().mT / 8**0.5
+    assert scores.abs().max() > 2 * torch.finfo(torch.float16).max
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = attention.dense((weights @ value.double()).half().transpose(1, 2).reshape(2, 24, 32))
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-3)
+    for tensor in (x, *attention.parameters()):
+        assert torch.isfinite(tensor.grad).all()
 
 
 def test_tables_grow_without_changing_and_half_tables_are_coarse():

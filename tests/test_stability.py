@@ -12,6 +12,7 @@ import torch
 from openglm.data.schedule import batch_size_at, learning_rate_at, parse_schedule, value_at
 from openglm.data.shards import write_shards
 from openglm.errors import CheckpointError, ConfigError, TrainingError
+from openglm.training.optimizer import moments
 from openglm.training.recipe import StabilitySection, read_recipe
 from openglm.training.run import train
 from openglm.training.scaler import LossScaler
@@ -273,7 +274,23 @@ def test_float16_takes_a_chance_then_halves_the_scale(recipe, tmp_path, monkeypa
         next(iter(model.weights().values())).grad[0, 0] = float("inf")
 
     poison(monkeypatch, lambda first: first in (20, 28), overflow)
+    whole_step, unharmed = Trainer.step, []
+
+    def state(trainer: Trainer) -> list[torch.Tensor]:
+        weights = trainer.model.weights().values()
+        kept = [weights, trainer.model.working, *(moments(trainer.optimizer, p).values() for p in weights)]
+        return [tensor.detach().clone() for tensors in kept for tensor in tensors]
+
+    def step(self, batch, *args, **options):
+        before = state(self)
+        result = whole_step(self, batch, *args, **options)
+        if all(torch.equal(a, b) for a, b in zip(before, state(self), strict=True)):
+            unharmed.append(batch.first)
+        return result
+
+    monkeypatch.setattr(Trainer, "step", step)
     train(recipe("run.precision=float16", "run.samples=48"), tmp_path, log=lambda _: None)
+    assert unharmed == [20, 28]  # weights and moments, bit for bit
     scales = {row["samples"] - 4: row["loss_scale"] for row in rows(tmp_path)}
     assert scales[16] == scales[24] == scales[28] == 65536 and scales[32] == 32768
     losses = [row["loss"] for row in rows(tmp_path)]

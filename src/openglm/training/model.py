@@ -21,6 +21,7 @@ from openglm.parallel.execution import Execution
 from openglm.parallel.execution import MicroBatch as Tensors
 from openglm.parallel.stage import gather
 from openglm.parallel.tensor import local
+from openglm.training.stopwatch import Stopwatch
 
 
 class TrainingModel(Protocol):
@@ -189,9 +190,11 @@ def token_losses(
 class ShardedModel:
     """One process of several: its part of the network on a parallel layout."""
 
-    def __init__(self, execution: Execution) -> None:
-        self.execution = execution
+    def __init__(self, execution: Execution, stopwatch: Stopwatch) -> None:
+        self.execution, self._stopwatch = execution, stopwatch
         self.network: GLM130B = execution.stage
+        layers, device = execution.stage.layers.values(), execution.mesh.device_type
+        stopwatch.follow(layers, cut=execution.layout.tensor > 1, device=device)
         # Asked for once: while weights are gathered, the modules hold other tensors under these names.
         self._weights = dict(self.network.named_parameters())
         self.reports = execution.stage.last and execution.mesh["tensor"].get_local_rank() == 0
@@ -202,7 +205,9 @@ class ShardedModel:
 
     def forward_backward(self, batches: Sequence[Batch], factor: float) -> list[Tensor]:
         """As ``TrainingModel``; losses on the last stage only."""
-        return self.execution.forward_backward([self._tensors(batch) for batch in batches], factor)
+        tensors = [self._tensors(batch) for batch in batches]
+        with self._stopwatch.together():
+            return self.execution.forward_backward(tensors, factor)
 
     def _tensors(self, batch: Batch) -> Tensors:
         assert batch.targets is not None
@@ -217,7 +222,8 @@ class ShardedModel:
         """As ``TrainingModel``; a collective."""
         groups = {group_of(f"layers.{n}"): 0.0 for n in range(self.network.config.num_layers)}
         groups |= {"embedding": 0.0, "final norm": 0.0}
-        return self.execution.squared_norms(groups, group_of)
+        with self._stopwatch.together():
+            return self.execution.squared_norms(groups, group_of)
 
     def scale_gradients(self, factor: float) -> None:
         """As ``TrainingModel``."""

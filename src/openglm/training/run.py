@@ -154,7 +154,8 @@ def build_model(
 
     fill(stage, whole)
     dtype = getattr(torch, recipe.run.precision)
-    return ShardedModel(Execution(stage, ranks.layout, ranks.mesh, dtype, timedelta(seconds=p.timeout)))
+    execution = Execution(stage, ranks.layout, ranks.mesh, dtype, timedelta(seconds=p.timeout))
+    return ShardedModel(execution, ranks.stopwatch)
 
 
 def _why_not_compile(recipe: Recipe, ranks: Ranks) -> str | None:

@@ -57,9 +57,6 @@ class Trainer:
         self.scaler = LossScaler() if recipe.run.precision == "float16" else None
         self.guard = SpikeGuard(recipe.stability)
         self.edits = edits or Edits()
-        if ranks.mesh is not None:
-            layers = model.network.layers.values()
-            ranks.stopwatch.follow(layers, cut=ranks.layout.tensor > 1, device=ranks.mesh.device_type)
 
     def apply_schedules(self, samples: int) -> float:
         """Set everything that changes with the samples seen; returns the learning rate."""
@@ -89,12 +86,10 @@ class Trainer:
             most = max(int(self.ranks.data_most(len(micro_batches))), self.ranks.layout.pipeline)
             window = self.recipe.objectives.window
             micro_batches += [empty_micro_batch(rows, window) for _ in range(most - len(micro_batches))]
-        with self.ranks.stopwatch.together():
-            losses = self.model.forward_backward([micro.batch for micro in micro_batches], scale / max(targets, 1))
+        losses = self.model.forward_backward([micro.batch for micro in micro_batches], scale / max(targets, 1))
         groups, sources = self._report(micro_batches, losses)
         loss = sum(total for total, _ in groups.values()) / max(targets, 1)
-        with self.ranks.stopwatch.together():
-            squares = self.model.norms()
+        squares = self.model.norms()
         norm = _root(sum(squares.values())) / scale
 
         verdict, why = self.guard.judge(batch.first, loss, norm)
@@ -132,8 +127,7 @@ class Trainer:
         for parameter, old in zip(self.model.weights().values(), before, strict=True):
             if parameter.grad is not None:
                 torch.sub(local(parameter.detach()), old, out=local(parameter.grad))
-        with self.ranks.stopwatch.together():
-            return {name: _root(square) for name, square in self.model.norms().items()}
+        return {name: _root(square) for name, square in self.model.norms().items()}
 
     def _report(self, micro_batches: list[MicroBatch], losses: list[Tensor]) -> tuple[Sums, Sums]:
         """Sums of losses by objective and by source, over all processes."""
