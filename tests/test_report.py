@@ -198,9 +198,19 @@ def test_the_loss_scale_and_slow_ranks_are_drawn_where_there_are_any(tmp_path) -
         stragglers=[11],
         sources=lambda k: {f"_source 源{n}": 3.0 + n for n in range(8)},
         loss=lambda k: math.nan if k == 3 else 5.0,
+        steps=lambda k: {"samples": [8 * k + 4, 8 * k + 8], "loss": [4.0, 4.0], "gradient_norm": [1.0, 2.0]} if k > 9 else {},
     )
+    events = [
+        {"event": "alarm", "samples": 160, "why": "the loss scale fell to 128"},
+        {"event": "left_out", "samples": 200, "until": 216},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (found,) = rows(run("report", folder, "--json", "--out", tmp_path / "out").stdout)
     assert "loss_scale.png" in {Path(path).name for path in found["figures"]}
+    assert found["runs"][0]["loss"] == 4.0 and found["runs"][0]["interventions"] == {"alarm": 1, "left_out": 1}
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "the loss scale fell to 128" in page and "samples 200 to 216 left out" in page
+    assert read_run(folder).each("loss")[0].tolist() == [8.0 * k for k in range(1, 11)] + [4.0 * k for k in range(21, 61)]
     assert found["runs"][0]["stragglers"] == {"11": 30} and found["page"] == str(tmp_path / "out/report.html")
     assert not (folder / "report").exists()
     # Drawn again without a scale, the old figure goes; what a person put there stays.

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from openglm.data.loader import Loader
 from openglm.data.schedule import batch_size_at, learning_rate_at, parse_schedule, value_at
 from openglm.data.shards import write_shards
 from openglm.errors import CheckpointError, ConfigError, TrainingError
 from openglm.training.optimizer import moments
 from openglm.training.recipe import StabilitySection, read_recipe
+from openglm.training.report.reading import read_run
 from openglm.training.run import train
 from openglm.training.scaler import LossScaler
 from openglm.training.stability import Edits, SpikeGuard
@@ -114,6 +116,8 @@ def test_the_guard_skips_rolls_back_and_goes_on_after_a_restart() -> None:
 def test_left_out_samples_are_jumped_over(tmp_path: Path) -> None:
     edits = Edits(skipped=[(30, 40), (10, 20), (20, 25)])
     assert [edits.position(n) for n in (9, 10, 19, 20, 25, 35, 40)] == [9, 25, 25, 25, 25, 40, 40]
+    assert [edits.position(n, [(40, 60), (5, 10)]) for n in (9, 35, 60)] == [25, 60, 60]
+    assert [edits.room(n, [(60, 61)]) for n in (5, 28, 40, 61)] == [5, 2, 20, math.inf]
     edits.save(tmp_path / "edits.json")
     assert Edits.load(tmp_path / "edits.json") == edits
     assert Edits.load(tmp_path / "none.json") == Edits()
@@ -255,6 +259,54 @@ def test_an_exploding_loss_rolls_back_and_leaves_the_samples_out(recipe, tmp_pat
     assert rates[start] < rates[start + 8] < rates[start + 12]
 
 
+def test_ranges_of_a_recipe_are_left_out_to_the_sample(recipe, tmp_path, monkeypatch) -> None:
+    taken: list[tuple[int, int]] = []
+    make = Loader.batch
+
+    def batch(self, first, size, *rest):
+        taken.append((first, size))
+        return make(self, first, size, *rest)
+
+    monkeypatch.setattr(Loader, "batch", batch)
+    train(recipe("run.samples=40", "run.snapshot_every=1"), tmp_path, log=lambda _: None)
+    said: list[str] = []
+    # In the middle of a run that is taken up again, and to its end.
+    train(recipe("run.samples=80", "data.skip=[[46, 57], [70, 200]]"), tmp_path, log=said.append)
+    assert taken[-7:] == [(36, 4), (40, 4), (44, 2), (57, 4), (61, 4), (65, 4), (69, 1)]
+    resumed, left_out = events(tmp_path)
+    assert "data.skip: [] -> [[46, 57], [70, 200]]" in resumed["changes"]
+    assert (left_out["event"], left_out["samples"], left_out["until"]) == ("left_out", 46, 57)
+    assert "samples 46 to 57 are left out: data.skip" in said and not any("stopped" in line for line in said)
+    assert rows(tmp_path)[-1]["samples"] == 70 and rows(tmp_path)[-1]["bits_per_byte"]
+
+
+def test_every_step_is_in_the_metrics_whatever_the_interval(recipe, tmp_path) -> None:
+    short = ("run.samples=64", "run.snapshot_every=7")
+    train(recipe(*short), tmp_path / "each", log=lambda _: None)
+    each = {row["samples"]: row for row in rows(tmp_path / "each")}
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress, result, speed):
+        if progress.steps == 10:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe(*short, "run.log_every=3"), tmp_path / "third", log=lambda _: None, watch=stop)
+    train(recipe(*short, "run.log_every=3"), tmp_path / "third", log=lambda _: None)
+    assert [row["step"] for row in rows(tmp_path / "third")] == [3, 6, 7, 9, 12, 14, 15, 16]
+    run = read_run(tmp_path / "third")
+    for key in ("loss", "gradient_norm", "loss_scale"):
+        samples, values = run.each(key)
+        assert samples.tolist() == list(each) and values.tolist() == [row[key] for row in each.values()]
+    embedding = [row["gradient_norms"]["embedding"] for row in each.values()]
+    assert [norm for row in run.rows if "steps" in row for norm in row["steps"]["embedding_norm"]] == [
+        norm for place, norm in enumerate(embedding, 1) if place not in (7, 15, 16)
+    ]
+    assert all(len(row["steps"]["seconds"]) > 1 for row in run.rows if "steps" in row)
+
+
 def test_a_run_that_cannot_be_saved_says_so(recipe, tmp_path, monkeypatch) -> None:
     def put_nan(model, losses) -> None:
         model.scale_gradients(math.nan)
@@ -289,8 +341,11 @@ def test_float16_takes_a_chance_then_halves_the_scale(recipe, tmp_path, monkeypa
         return result
 
     monkeypatch.setattr(Trainer, "step", step)
-    train(recipe("run.precision=float16", "run.samples=48"), tmp_path, log=lambda _: None)
+    short = ("run.precision=float16", "run.samples=48", "stability.alarm_scale=32768")
+    train(recipe(*short), tmp_path, log=lambda _: None)
     assert unharmed == [20, 28]  # weights and moments, bit for bit
+    assert [(e["event"], e["samples"]) for e in events(tmp_path)] == [("skip", 20), ("skip", 28), ("alarm", 28)]
+    assert events(tmp_path)[-1]["why"] == "the loss scale fell to 32768"
     scales = {row["samples"] - 4: row["loss_scale"] for row in rows(tmp_path)}
     assert scales[16] == scales[24] == scales[28] == 65536 and scales[32] == 32768
     losses = [row["loss"] for row in rows(tmp_path)]

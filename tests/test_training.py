@@ -87,6 +87,8 @@ def test_recipes_of_the_repository_are_valid(request):
         ("objectives.mean_span=0", "`objectives.mean_span` is 0"),
         ("objectives.generation_share=1.5", "`objectives.generation_share` is 1.5"),
         ("objectives.sentence_share=0.5", "`objectives.sentence_share` is 0.5, but must be in 0..1 together with"),
+        ("data.skip=[[40, 30]]", r"`data.skip` is \[\[40, 30\]\], but must be ranges"),
+        ("stability.alarm_scale=-1", "`stability.alarm_scale` is -1"),
         ("model.preset=nanno", "did you mean `nano`"),
         ("objectives.window=4096", "the model's context of 1024"),
         ("samples", "section.key=value"),

@@ -30,8 +30,8 @@ REFRESH = 2
 _WIDE, _LEFT = 76, 0.6
 #: Weight of the past in the means that are shown, which are over about twenty steps.
 _MEMORY = 0.95
-#: Kinds of events that changed what the run does; a spike that was only noticed did not.
-_COUNTED = ("skip", "rollback")
+#: Kinds of events that changed what the run does, or ask for somebody; a spike that was only noticed did not.
+_COUNTED = ("skip", "rollback", "left_out", "alarm")
 #: Seconds between two looks into the run's folder.
 _LOOK = 2.0
 #: Seconds over which the speed for the time left is measured.

@@ -1,4 +1,5 @@
-"""What a run leaves to be read: ``metrics.jsonl``, a row every few steps, and ``events.jsonl``, what was done to it."""
+"""What a run leaves to be read: ``metrics.jsonl``, a row every few steps that tells of each of them, and ``events.jsonl``,
+what was done to it."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ class Recorder:
 
     def __init__(self, out: Path, lead: bool, *, from_samples: int = 0, trackers: Trackers | None = None) -> None:
         self.out, self._lead, self._trackers = out, lead, trackers
+        self._steps: dict[str, list[float]] = {}
         self._metrics: Journal | None = None
         if lead:
             self._metrics = self._open(from_samples)
@@ -36,8 +38,27 @@ class Recorder:
             self._trackers.rewind(metrics.entries[-1]["step"] if metrics.entries else 0)
         return metrics
 
+    def step(self, progress: Progress, result: StepResult, seconds: float) -> None:
+        """Keep the few numbers of a step for the next row: a write to the disk for each would cost more than a small step."""
+        if self._metrics is None:
+            return
+        values = {
+            "samples": progress.samples,
+            "loss": round(result.loss, 5),
+            "gradient_norm": _short(result.gradient_norm),
+            "embedding_norm": _short(result.norms["embedding"]),
+            "learning_rate": _short(result.learning_rate),
+            "loss_scale": result.loss_scale,
+            "seconds": round(seconds, 4),
+        }
+        for key, value in values.items():
+            self._steps.setdefault(key, []).append(value)
+
     def row(self, progress: Progress, result: StepResult, speed: float, times: list[float], slow: list[int]) -> None:
-        """One row of metrics. ``times``: seconds of own work a step, by process; ``slow``: those that are ``stragglers``."""
+        """One row of metrics, with the steps since the last one.
+
+        ``times``: seconds of own work a step, by process; ``slow``: those that are ``stragglers``.
+        """
         if self._metrics is None:
             return
         row: dict[str, Any] = {
@@ -60,12 +81,16 @@ class Recorder:
             row["rank_seconds"] = [round(value, 4) for value in times]
             if slow:
                 row["stragglers"] = slow
+        if len(self._steps.get("samples", ())) > 1:  # of one step the row tells all
+            row["steps"] = self._steps
+        self._steps = {}
         self._metrics.append(row)
         if self._trackers is not None:
             self._trackers.row(row)
 
     def rewind(self, samples: int) -> None:
         """Drop rows behind ``samples``, after a roll-back; the events keep the story."""
+        self._steps = {}
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = self._open(samples)

@@ -53,6 +53,8 @@ class DataSection:
     """Pattern of source names to factor on the source's size; a number or a schedule."""
     caps: Mapping[str, int] = field(default_factory=dict)
     """Pattern of source names to documents; a source of more is drawn as if it had only so many (SPEC 3.4.6)."""
+    skip: tuple[tuple[int, int], ...] = field(default=(), metadata={"ranges": True})
+    """[[from, to], ...]: samples of the run that are left out, from ``from`` up to the one before ``to`` (SPEC 9.2)."""
     verify: bool = True
     """Compare the token shards with their checksums at every start: some seconds a gigabyte, on one process."""
 
@@ -124,6 +126,8 @@ class StabilitySection:
     """Steps skipped in a row before it rolls back (float16's loss scale may need some)."""
     most_rollbacks: int = 5
     """In one run; then it stops and says so."""
+    alarm_scale: float = 256.0
+    """Float16: the loss scale, which begins at 65,536, at or below which each halving is an alarm; 0 = none."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class RunSection:
     """Compile the layers (torch.compile): half a minute at the start, faster steps after. Where there is no C++ compiler (for
     a CPU), or with tensor parallelism, one line says that they are not."""
     log_every: int = 10
-    """Steps between two rows of metrics.jsonl."""
+    """Steps between two rows of metrics.jsonl; a row tells of every step since the last one."""
     snapshot_every: int = 200
     """Steps between two snapshots."""
     validate_every: int = 200
@@ -167,7 +171,8 @@ class RunSection:
 #: The least that a number may be, by key.
 _LEAST = {
     0: "model.embedding_scale optimizer.warmup_samples optimizer.decay_samples optimizer.weight_decay parallel.data run.seed "
-    "run.threads run.keep_every stability.skip_norm stability.spike_loss stability.shrink stability.rewarm_samples "
+    "run.threads run.keep_every stability.alarm_scale stability.skip_norm stability.spike_loss stability.shrink "
+    "stability.rewarm_samples "
     "stability.most_rollbacks",
     1: "parallel.tensor parallel.pipeline run.samples run.batch_size run.micro_tokens run.log_every run.snapshot_every "
     "run.validate_every run.validation_windows run.keep_snapshots stability.window stability.patience stability.most_skips",
@@ -287,6 +292,8 @@ def _section(kind: type, values: Any, path: str) -> Any:
             made[key] = parse_schedule(value, full) if value else ()
             if not isinstance(made[key], tuple):
                 raise ConfigError(f"`{full}` is {value!r}, but must be pairs like [[20000, 500]]", key=full)
+        elif fields[key].metadata.get("ranges"):
+            made[key] = _ranges(value, full)
         elif fields[key].metadata.get("names"):
             made[key] = _names(value, fields[key].metadata["names"], full)
         else:
@@ -310,6 +317,18 @@ def _value(value: Any, default: Any, key: str) -> Any:
     if not good:
         raise ConfigError(f"`{key}` is {value!r}, but must be like {default!r}", key=key)
     return value
+
+
+def _ranges(value: Any, key: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of whole numbers, the first one below the second."""
+
+    def good(pair: Any) -> bool:
+        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(type(number) is int for number in pair)
+        return whole and 0 <= pair[0] < pair[1]
+
+    if not (isinstance(value, Sequence) and all(good(pair) for pair in value)):
+        raise ConfigError(f"`{key}` is {value!r}, but must be ranges of samples like [[4000, 4200]]: from, to", key=key)
+    return tuple((start, end) for start, end in value)
 
 
 def _names(value: Any, known: Sequence[str], key: str) -> tuple[str, ...]:

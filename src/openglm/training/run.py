@@ -233,7 +233,7 @@ class Run:
         self._take_up(path, state)
         self.log(f"resumed from `{path.name}`: {self.progress.samples:,} samples, {self.progress.tokens:,} tokens")
         before = state.get("made_with", self.made_with)  # older snapshots do not say
-        changes = [*_changes(state["recipe"], self.recipe.to_dict()), *_changes(before, self.made_with)]
+        changes = [*_changes(state["recipe"], self.recipe.to_dict(), Recipe().to_dict()), *_changes(before, self.made_with, {})]
         for change in changes:
             self.log(f"changed since then: {change}")
         return {"snapshot": path.name, "changes": changes}
@@ -282,16 +282,25 @@ class Run:
         finally:
             model.network.train()
 
+    def following(self, samples: int) -> int:
+        """The next sample that neither an intervention nor the recipe leaves out."""
+        return self.trainer.edits.position(samples, self.recipe.data.skip)
+
     def _size(self, samples: int) -> int:
-        return max(batch_size(self.recipe, samples), 0)
+        """Samples of the step that begins there: none that is left out is among them."""
+        room = self.trainer.edits.room(samples, self.recipe.data.skip)
+        return int(max(min(batch_size(self.recipe, samples), room), 0))
 
     def steps(self, stop: Callable[[], bool], watch: Watcher | None) -> None:
         """Train until the recipe's samples are done or ``stop`` says so."""
         r, progress, stopwatch = self.recipe.run, self.progress, self.ranks.stopwatch
         last = time.monotonic()
-        while (position := self.trainer.edits.position(progress.samples)) < r.samples:
+        while (position := self.following(progress.samples)) < r.samples:
+            if position != self.trainer.edits.position(progress.samples):
+                self.recorder.note("left_out", progress.samples, until=position)
+                self.log(f"samples {progress.samples:,} to {position:,} are left out: data.skip")
             size = self._size(position)
-            following = self.trainer.edits.position(position + size)
+            following = self.following(position + size)
             stopwatch.begin()
             batch = self.loader.batch(position, size, (following, self._size(following)) if following < r.samples else None)
             logged = (progress.steps + 1) % r.log_every == 0
@@ -303,6 +312,9 @@ class Run:
                 self.recorder.note(result.verdict, position, why=result.why, loss=result.loss, norm=result.gradient_norm)
                 if result.verdict != "step":
                     self.log(f"sample {position:,}: {result.verdict}, {result.why}")
+            if result.alarm:
+                self.recorder.note("alarm", position, why=result.alarm)
+                self.log(f"sample {position:,}: {result.alarm}")
             if result.verdict == "rollback":
                 self._roll_back(position + size)
                 progress = self.progress
@@ -314,17 +326,19 @@ class Run:
             progress.targets += result.targets
             progress.seconds += taken
             speed = result.tokens / taken
-            done = progress.samples >= r.samples
+            done = following >= r.samples
             stopping = self.ranks.told(stop())
+            saving = progress.steps % r.snapshot_every == 0 or done or stopping
+            self.recorder.step(progress, result, taken)
             if progress.steps % r.validate_every == 0 or done or stopping:
                 progress.validation = self.validate()
             if watch and self.ranks.lead:
                 watch(progress, result, speed)
-            if logged or done or stopping:
+            if logged or saving:  # what a snapshot holds is in the metrics, too
                 times = self.ranks.gather(stopwatch.mean())
                 slow = stragglers(times, self.ranks.layout, self.config.num_layers)
                 self.recorder.row(progress, result, speed, times, slow)
-            if progress.steps % r.snapshot_every == 0 or done or stopping:
+            if saving:
                 self.save()
             last = time.monotonic()  # validation and snapshots are not training time
             if stopping:
@@ -352,7 +366,7 @@ class Run:
             edits.skipped.append((start, end))
         edits.shrink *= policy.shrink
         if policy.rewarm_samples:
-            edits.rewarm.append((edits.position(start), policy.rewarm_samples))
+            edits.rewarm.append((self.following(start), policy.rewarm_samples))
         if self.ranks.lead:
             edits.save(self.out / "edits.json")
         self.recorder.note("rollback", suspect, to=path.name, **dataclasses.asdict(edits))
@@ -417,7 +431,7 @@ def train(
                 return should_stop() or (stop_after is not None and time.monotonic() - began > stop_after)
 
             run.steps(stop, watch)
-            if run.progress.samples < recipe.run.samples:
+            if run.following(run.progress.samples) < recipe.run.samples:
                 run.log(f"stopped after {time.monotonic() - began:.0f} s; the same command goes on from here")
             return run.export()
         finally:
@@ -436,11 +450,11 @@ def _hold(out: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
     ranks.together(lambda: held.enter_context(exclusive(out, hint)) if ranks.lead else None)
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
-    """Keys of a recipe that differ, as ``section.key: old -> new``."""
+def _changes(old: dict[str, Any], new: dict[str, Any], default: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Keys of a recipe that differ, as ``section.key: old -> new``. One that an older program did not know has its default."""
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, default.get(key)), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _changes(before, after, f"{path}{key}.")
+            yield from _changes(before, after, default.get(key, {}), f"{path}{key}.")
         elif before != after:
             yield f"{path}{key}: {before} -> {after}"

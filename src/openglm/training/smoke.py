@@ -47,7 +47,7 @@ def smoke_recipe(recipe: Recipe, folder: Path, processes: int) -> Recipe:
     return dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, changes=changes, initial=""),
-        data=dataclasses.replace(recipe.data, corpus=str(corpus), tokenizer=str(tokenizer), weights={}),
+        data=dataclasses.replace(recipe.data, corpus=str(corpus), tokenizer=str(tokenizer), weights={}, skip=()),
         objectives=dataclasses.replace(
             recipe.objectives,
             window=64,

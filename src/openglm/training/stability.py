@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,16 @@ class Edits:
     rewarm: list[tuple[int, int]] = field(default_factory=list)
     """(sample, length): the rate climbs anew."""
 
-    def position(self, samples: int) -> int:
-        """The next sample at or behind ``samples`` that is not left out."""
-        for start, end in sorted(self.skipped):
+    def position(self, samples: int, by_hand: Sequence[tuple[int, int]] = ()) -> int:
+        """The next sample at or behind ``samples`` that is not left out, here or by the recipe's own ranges."""
+        for start, end in sorted([*self.skipped, *by_hand]):
             if start <= samples < end:
                 samples = end
         return samples
+
+    def room(self, samples: int, by_hand: Sequence[tuple[int, int]] = ()) -> float:
+        """How many samples follow from ``samples`` on before the next that is left out; infinite if there is none."""
+        return min((start for start, _ in [*self.skipped, *by_hand] if start >= samples), default=math.inf) - samples
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""

@@ -46,6 +46,8 @@ class StepResult:
     why: str = ""
     updates: dict[str, float] = field(default_factory=dict)
     """Norm of the update by group, where it was asked for."""
+    alarm: str = ""
+    """What a person should look at, though nothing was done about it."""
 
 
 class Trainer:
@@ -105,8 +107,11 @@ class Trainer:
                 updates = self._update_norms(before)
             self.model.publish()
         self.model.drop_gradients()
+        alarm = ""
         if self.scaler:
             self.scaler.update(overflow=not math.isfinite(norm))
+            if self.scaler.scale < scale and self.scaler.scale <= self.recipe.stability.alarm_scale:
+                alarm = f"the loss scale fell to {self.scaler.scale:g}"
         return StepResult(
             loss=loss,
             groups=groups,
@@ -120,6 +125,7 @@ class Trainer:
             verdict=verdict,
             why=why,
             updates=updates,
+            alarm=alarm,
         )
 
     @torch.no_grad()

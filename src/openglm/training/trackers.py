@@ -83,9 +83,9 @@ class Trackers:
 
 
 def flatten(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a row under names like ``losses/[MASK] en``; the counts that locate it are left out."""
+    """The numbers of a row under names like ``losses/[MASK] en``; the counts that locate it, and single steps, are left out."""
     for key, value in row.items():
-        if key in ("step", "stragglers"):
+        if key in ("step", "steps", "stragglers"):
             continue
         if isinstance(value, Mapping):
             yield from ((f"{key}/{name}", float(number)) for name, number in value.items())

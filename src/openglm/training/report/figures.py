@@ -95,9 +95,9 @@ def loss(run: RunRecord, look: Look) -> Any:
     groups = _series(run, "losses")
     made, panels = figure(2 if groups else 1)
     _label_x(panels, run)
-    values = run.column("loss")
-    panels[0].set(title=f"Loss, {last_value(values):.3f} at the end", ylabel="nats a token")
-    draw_lines(panels[0], [Series("all", run.samples, values)], look, digits=None)
+    all_steps = Series("all", *run.each("loss"))
+    panels[0].set(title=f"Loss, {last_value(all_steps.y):.3f} at the end", ylabel="nats a token")
+    draw_lines(panels[0], [all_steps], look, digits=None)
     if groups:
         panels[1].set(title="Loss by objective and language", ylabel="nats a token")
         draw_lines(panels[1], groups, look)
@@ -131,7 +131,7 @@ def bits_per_byte(run: RunRecord, look: Look) -> Any:
 
 def norms(run: RunRecord, look: Look) -> Any:
     """Norms of gradient and update, the whole and by group of parameters."""
-    total = Series("all", run.samples, run.column("gradient_norm"))
+    total = Series("all", *run.each("gradient_norm"))
     groups, updates = run.table("gradient_norms"), run.table("update_norms")
     if not np.isfinite(total.y).any():
         return None
@@ -184,14 +184,14 @@ def learning_rate(run: RunRecord, look: Look) -> Any:
 
 def loss_scale(run: RunRecord, look: Look) -> Any:
     """Float16's loss scale; other precisions have none."""
-    scale = run.column("loss_scale")
+    samples, scale = run.each("loss_scale")
     if not np.isfinite(scale).any() or np.nanmin(scale) == np.nanmax(scale) == 1.0:
         return None
     made, panels = figure(height=2.6)
     _label_x(panels, run)
     panels[0].set(title="Loss scale (float16)", ylabel="loss scale")
     good = np.isfinite(scale) & (scale > 0)
-    panels[0].step(run.samples[good], scale[good], where="post", color=look.lines[0], zorder=3)
+    panels[0].step(samples[good], scale[good], where="post", color=look.lines[0], zorder=3)
     low, high = np.log2(scale[good].min()), np.log2(scale[good].max())
     panels[0].set_yscale("log", base=2)
     panels[0].set_ylim(2 ** (low - 1), 2 ** (high + 1))
@@ -304,7 +304,13 @@ def compared_bits_per_byte(runs: Sequence[RunRecord], look: Look) -> Any:
 
 
 THEMES = (
-    Theme("loss", "Loss", "Faint: each logged step. Strong: their mean.", loss, _over_runs("Loss", "nats a token", "loss")),
+    Theme(
+        "loss",
+        "Loss",
+        "Faint: each step (of parts, each logged one). Strong: the mean.",
+        loss,
+        _over_runs("Loss", "nats a token", "loss"),
+    ),
     Theme("bits_per_byte", "Validation", "Held-out texts; the fewer bits, the better.", bits_per_byte, compared_bits_per_byte),
     Theme("sources", "Sources", "Which texts are hard.", sources),
     Theme(

@@ -24,7 +24,14 @@ DPI = 150
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DARK = ("#56B4E9", "#FF7F41", "#2FBF94", "#E396C3", "#F0E442", "#D0D4DA")
 #: Line style and width of each kind of intervention: they differ without colour, too.
-_MARKS = {"rollback": ("-", 1.3), "skip": (":", 1.1), "step": ("-.", 0.9), "resume": ("--", 0.9)}
+_MARKS = {
+    "rollback": ("-", 1.3),
+    "skip": (":", 1.1),
+    "alarm": ("-.", 1.3),
+    "step": ("-.", 0.9),
+    "left_out": (":", 0.9),
+    "resume": ("--", 0.9),
+}
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC", "Microsoft YaHei")
 
 
@@ -43,9 +50,21 @@ class Look:
 
 
 LIGHT = Look(
-    "#ffffff", "#222222", "#e4e4e4", "#8a8a8a", _LIGHT, {"rollback": "#B00020", "skip": "#B00020", "resume": "#6b6b6b"}
+    "#ffffff",
+    "#222222",
+    "#e4e4e4",
+    "#8a8a8a",
+    _LIGHT,
+    {"rollback": "#B00020", "skip": "#B00020", "alarm": "#B00020", "resume": "#6b6b6b"},
 )
-DARK = Look("#16181c", "#dddddd", "#33363c", "#9a9a9a", _DARK, {"rollback": "#FF6E6E", "skip": "#FF6E6E", "resume": "#a8a8a8"})
+DARK = Look(
+    "#16181c",
+    "#dddddd",
+    "#33363c",
+    "#9a9a9a",
+    _DARK,
+    {"rollback": "#FF6E6E", "skip": "#FF6E6E", "alarm": "#FF6E6E", "resume": "#a8a8a8"},
+)
 
 
 @dataclass(frozen=True)
@@ -120,13 +139,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def fold(series: Sequence[Series], most: int = MOST_LINES) -> list[Series]:
-    """At most ``most`` lines: the first ones, and the mean of the others. All must share their x."""
+    """At most ``most`` lines: the first ones, and the mean of the others, which must share their x."""
     if len(series) <= most:
         return list(series)
     rest = np.stack([one.y for one in series[most - 1 :]])
     count = np.isfinite(rest).sum(0)
     mean = np.where(count > 0, np.nansum(np.where(np.isfinite(rest), rest, 0.0), 0) / np.maximum(count, 1), np.nan)
-    return [*series[: most - 1], Series(f"mean of {len(rest)} others", series[0].x, mean, faint=True)]
+    return [*series[: most - 1], Series(f"mean of {len(rest)} others", series[-1].x, mean, faint=True)]
 
 
 def figure(panels: int = 1, height: float = 3.3, *, shared: bool = True) -> tuple[Any, list[Any]]:

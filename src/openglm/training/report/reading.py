@@ -16,7 +16,14 @@ from openglm.storage import storage_error
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 #: Events by gravity, and their names in a report. A "step" with a reason is a spike that was only noticed.
-KINDS = {"rollback": "roll-back", "skip": "skipped step", "step": "loss spike", "resume": "resumed"}
+KINDS = {
+    "rollback": "roll-back",
+    "skip": "skipped step",
+    "alarm": "alarm",
+    "step": "loss spike",
+    "left_out": "left out by hand",
+    "resume": "resumed",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Intervention:
     time: str = ""
     """ISO 8601."""
     left_out: tuple[int, int] | None = None
-    """[from, to) samples that a roll-back jumps over."""
+    """[from, to) samples that a roll-back or the recipe jumps over."""
 
     @property
     def name(self) -> str:
@@ -55,6 +62,19 @@ class RunRecord:
     def column(self, key: str) -> np.ndarray:
         """A number of each row, float64 ``[rows]``; NaN where it is missing."""
         return np.array([_number(row.get(key)) for row in self.rows], dtype=np.float64)
+
+    def each(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and a number of every step, float64 ``[steps]``; of a row that does not tell its steps, the row's own."""
+        pairs: list[tuple[Any, Any]] = []
+        for row in self.rows:
+            steps = row.get("steps")
+            samples, values = (steps.get("samples"), steps.get(key)) if isinstance(steps, Mapping) else (None, None)
+            if isinstance(samples, list) and isinstance(values, list) and len(samples) == len(values) > 0:
+                pairs += zip(samples, values, strict=True)
+            else:
+                pairs.append((row["samples"], row.get(key)))
+        made = np.array([(_number(samples), _number(value)) for samples, value in pairs], dtype=np.float64)
+        return made[:, 0], made[:, 1]
 
     def table(self, key: str) -> dict[str, np.ndarray]:
         """Names to columns for an entry that maps names to numbers; the most frequent name first."""
@@ -123,6 +143,8 @@ def read_interventions(folder: str | Path) -> list[Intervention]:
             raise InputError(f"`{path}` line {number} has no event and samples, so it is not an event of a run", path=path)
         text, time = _describe(event), str(event.get("time", ""))
         left_out = tuple(event["skipped"][-1]) if event.get("skipped") else None
+        if isinstance(event.get("until"), int):
+            left_out = (samples, event["until"])
         if kind == "rollback" and "to" in event and found and found[-1].kind == kind and "back to" not in found[-1].text:
             before = found.pop()  # a roll-back is two events: the judgement and what was done
             found.append(Intervention(kind, before.samples, f"{before.text}; {text}", time, left_out))
@@ -147,6 +169,8 @@ def _describe(event: Mapping[str, Any]) -> str:
         if event.get("rewarm"):
             start, length = event["rewarm"][-1]
             parts.append(f"rate re-warmed over {length:,} samples from {start:,}")
+    if isinstance(event.get("until"), int):
+        parts.append(f"samples {event['samples']:,} to {event['until']:,} left out")
     if event.get("event") == "resume":
         parts.append(f"from `{event.get('snapshot', '?')}`")
         changes = event.get("changes") or []

@@ -26,7 +26,7 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "samples": last["samples"],
         "tokens": last.get("tokens"),
         "seconds": last.get("seconds"),
-        "loss": _round(last_value(run.column("loss"))),
+        "loss": _round(last_value(run.each("loss")[1])),
         "losses": {name: _round(last_value(column)) for name, column in sorted(run.table("losses").items())},
         "bits_per_byte": {name: _round(float(values[-1])) for name, (_, values) in sorted(validations.items())},
         "best_bits_per_byte": {name: _round(float(np.nanmin(values))) for name, (_, values) in sorted(validations.items())},
