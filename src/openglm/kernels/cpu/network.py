@@ -198,6 +198,6 @@ class Pass:
 _FAILURES = {-1: MemoryError("there is no memory for this pass"), -2: IndexError("a position is out of range")}
 
 
-def _matrices(layer: Any) -> tuple[torch.nn.Module, ...]:
+def _matrices(layer: Any) -> tuple[Any, ...]:
     """The four of a layer, as ``Layer`` of panels.h has them."""
     return layer.attention.query_key_value, layer.attention.dense, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h
