@@ -265,7 +265,8 @@ def test_what_is_timed_beside_blank_masks_computes_as_much():
     # Without a mask and by the causal kernel: the same losses as through the mask that says so.
     network = training.GLM130B(config).initialize(0)
     masked, plain = (
-        training.Ours(copy.deepcopy(network), "float32", causal, training.Variant("", rows)).model for rows in ("blanks", "causal")
+        training.Ours(copy.deepcopy(network), "float32", causal, training.Variant("", rows)).model
+        for rows in ("blanks", "causal")
     )
     expected = masked.losses(causal)
     causal.mask.fill_(True)
