@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import command_line
 import pytest
 
 import openglm
@@ -92,14 +93,18 @@ def test_readme_examples_still_print_such_answers():
             if not line.startswith("$ glm "):
                 continue
             words = shlex.split(line[2:])
-            done = subprocess.run(
-                [sys.executable, "-m", "openglm.cli.main", *words[1:]], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, (line, done.stderr)
-            if "--json" in words:
-                json.loads(done.stdout)
+            if ran:  # the first as a person runs it, the others without the start of a process
+                said = command_line.run(*words[1:]).stdout
             else:
-                assert re.split(r"\[g?MASK\]", words[2])[0] in done.stdout
+                done = subprocess.run(
+                    [sys.executable, "-m", "openglm", *words[1:]], capture_output=True, text=True, check=False
+                )
+                assert done.returncode == 0, (line, done.stderr)
+                said = done.stdout
+            if "--json" in words:
+                json.loads(said)
+            else:
+                assert re.split(r"\[g?MASK\]", words[2])[0] in said
             ran += 1
     assert ran >= 5
 

@@ -335,7 +335,7 @@ def test_damaged_shards_are_found(corpus, tmp_path, tiny_tokenizer_path):
         assert f"{name}` is damaged" in refuse("data", "inspect", out, "--verify")
         (out / name).write_bytes(data)
     os.truncate(out / "web.offsets", 16)
-    assert "web.tokens` holds" in refuse("data", "inspect", out)
+    assert "web.offsets` holds" in refuse("data", "inspect", out)
 
 
 def test_shards_from_before_are_shown(tiny_corpus, tmp_path, tiny_tokenizer_path):

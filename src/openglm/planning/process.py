@@ -71,5 +71,9 @@ def process_memory(workload: Workload, micro_batch: int, *, loss_share: float = 
         Term("logits", rows * config.vocab_size * LOGIT_WIDTH, f"{rows:,} rows x {config.vocab_size:,} x {LOGIT_WIDTH} bytes"),
         Term("holes in the heap", HEAP_HOLES * activations, f"{HEAP_HOLES:.0%} of the activations, kept by malloc", "fitted"),
     ]
-    update = [*state, Term("gradients", 4 * count, f"{billions} x 4 bytes, for the optimizer")]
+    update = [
+        *state,
+        Term("gradients", 4 * count, f"{billions} x 4 bytes, for the optimizer"),
+        Term("weights before it", 4 * count, f"{billions} x 4 bytes, where the norms of updates are logged"),
+    ]
     return ProcessMemory(tuple(backward), tuple(update))
