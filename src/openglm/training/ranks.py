@@ -85,10 +85,22 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.side)
         return values[0]
 
+    def to_lead(self, source: int, tensor: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor | None:
+        """On the lead the float32 tensor on the CPU that the process ``source`` has; None on the others."""
+        if self.rank == source != 0:
+            assert tensor is not None
+            dist.send(tensor.contiguous(), dst=0, group=self.side)
+        if not self.lead:
+            return None
+        if source:
+            tensor = torch.empty(*shape)
+            dist.recv(tensor, src=source, group=self.side)
+        return tensor
+
     def together(self, make: Callable[[], Value]) -> Value:
         """What ``make`` gives on each process. An ``OpenGLMError`` of one is raised on all, so that none waits for it.
 
-        ``make`` must not talk to the other processes.
+        ``make`` must not wait for a process that may have raised.
         """
         made: list[Any] = [None]
         failure: OpenGLMError | None = None

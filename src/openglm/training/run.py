@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openglm.checkpoints import load_into, save_checkpoint
+from openglm.checkpoints import expected_shapes, load_into, save_checkpoint
 from openglm.checkpoints.format import check_shape
 from openglm.config import ModelConfig
 from openglm.data.loader import Loader, Rows
@@ -375,21 +375,35 @@ class Run:
         self.log(f"rolled back to `{path.name}`{left_out}")
 
     def export(self) -> Path:
-        """Write the weights as a float16 checkpoint to ``out/model``."""
+        """Write the weights as a float16 checkpoint to ``out/model``, one whole tensor in memory at a time."""
         self._check_weights()
-        target = self.out / "model"
-        parts: dict[str, Tensor] = {name: tensor.cpu() for name, tensor in self.trainer.model.whole_weights()}
-        if self.ranks.layout.pipeline > 1:
-            for other in self.ranks.gather(parts if self.ranks.mesh is not None and self._speaks_for_stage() else {}):
-                parts = {**other, **parts}
-        if self.ranks.lead:
-            save_checkpoint(target, self.config, parts, tokenizer=self.tokenizer, dtype="float16", replace=True)
-        self.ranks.barrier()
+        target, weights = self.out / "model", self._whole_weights()
+
+        def write() -> None:
+            try:
+                if self.ranks.lead:
+                    save_checkpoint(target, self.config, weights, tokenizer=self.tokenizer, dtype="float16", replace=True)
+            finally:
+                for _ in weights:  # whatever happens to the lead, the others hand theirs in
+                    pass
+
+        self.ranks.together(write)
         return target
 
-    def _speaks_for_stage(self) -> bool:
-        mesh = self.ranks.mesh
-        return mesh is not None and mesh["data"].get_local_rank() == 0 and mesh["tensor"].get_local_rank() == 0
+    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of every weight, on the lead; the other processes hand in theirs, stage by stage."""
+        ranks, own = self.ranks, self.trainer.model.whole_weights()
+        names = ranks.gather(list(self.trainer.model.weights()))
+        shapes, seen = expected_shapes(self.config), set[str]()
+        each = ranks.layout.data * ranks.layout.tensor
+        for first in range(0, len(names), each):  # the first process of each stage speaks for it
+            for name in names[first]:
+                tensor = next(own)[1].cpu() if first <= ranks.rank < first + each else None
+                if name not in seen:  # the tied matrix is at both ends
+                    tensor = ranks.to_lead(first, tensor, shapes[name])
+                    if tensor is not None:
+                        yield name, tensor
+                seen.add(name)
 
     def close(self) -> None:
         """End threads and files."""
