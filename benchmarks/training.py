@@ -39,7 +39,6 @@ from openglm.evaluation.ceilings import timed
 from openglm.infilling import Batch, Layout, generation_sample, language_model_windows
 from openglm.kernels import onednn
 from openglm.models.glm130b import GLM130B, Attention, Layer, rotate
-from openglm.parallel.stage import RecomputedLayer
 from openglm.planning import Workload, process_memory
 from openglm.planning.hardware import gpu_of_device
 from openglm.training.model import MasterWeights
@@ -191,9 +190,7 @@ class Ours:
             assert isinstance(layer, Layer)
             if variant.rows == "causal":
                 layer.attention.__class__ = CausalAttention
-            if variant.recompute:
-                layer.__class__ = RecomputedLayer
-        self.model = MasterWeights(network, precision, compile=variant.compile)
+        self.model = MasterWeights(network, precision, compile=variant.compile, recompute=variant.recompute)
         self.optimizer = make_optimizer(self.model, Recipe().optimizer)
         self.batch = batch
         assert batch.targets is not None

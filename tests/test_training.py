@@ -28,7 +28,7 @@ from openglm.training.head_start import give_head_start
 from openglm.training.model import MasterWeights
 from openglm.training.ranks import Ranks
 from openglm.training.recipe import Recipe, learning_rate, read_recipe
-from openglm.training.run import train
+from openglm.training.run import build_model, train
 from openglm.training.step import Trainer
 from openglm.training.validation import bits_per_byte, network_losses
 from openglm.version import __version__
@@ -177,14 +177,20 @@ def small_mixture(prepared, tokenizer_path):
     return Mixture(shards, load_tokenizer(tokenizer_path), Objectives(window=64, long_window=64), seed=1)
 
 
-def test_the_step_is_one_adamw_update_of_the_mean_loss(recipe, prepared, tiny_tokenizer_path):
-    r = recipe("optimizer.clip_norm=0.05", "run.samples=100")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_step_is_one_adamw_update_of_the_mean_loss(recipe, prepared, tiny_tokenizer_path, recompute):
+    r = recipe("optimizer.clip_norm=0.05", "run.samples=100", f"parallel.recompute={str(recompute).lower()}")
     config = r.model.config()
     mixture = small_mixture(prepared, tiny_tokenizer_path)
     batch = make_batch(mixture, 16, 6, Rows(128))
     assert len(batch.micro_batches) > 1
-    network = GLM130B(config).initialize(3)
-    result = Trainer(MasterWeights(network, "float32"), r, Ranks()).step(batch, Rows(128))
+    model = build_model(r, config, mixture, Ranks())
+    assert isinstance(model, MasterWeights)
+    network, calls = model.network, []
+    network.initialize(3)
+    network.layers["0"].get_submodule("attention").register_forward_hook(lambda *_: calls.append(1))
+    result = Trainer(model, r, Ranks()).step(batch, Rows(128))
+    assert len(calls) == len(batch.micro_batches) * (2 if recompute else 1)
 
     # The twin: all samples in one batch, every row through the vocabulary, plain AdamW.
     twin = GLM130B(config).initialize(3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,12 @@ class RecomputedLayer(Layer):
         if not torch.is_grad_enabled():
             return super().forward(x, rotary, mask, cache)
         return checkpoint(super().forward, x, rotary, mask, cache, use_reentrant=False)
+
+
+def recompute_layers(layers: Iterable[nn.Module]) -> None:
+    """Turn plain layers into recomputed ones, in place."""
+    for layer in layers:
+        layer.__class__ = RecomputedLayer
 
 
 class Stage(GLM130B):
@@ -91,8 +97,7 @@ def parallelize(
     if layout.tensor > 1:
         parallelize_tensors(stage, mesh["tensor"])
     if recompute:
-        for layer in stage.layers.values():
-            layer.__class__ = RecomputedLayer
+        recompute_layers(stage.layers.values())
     if compile:
         compile_layers(stage.layers.values())
     dtype = getattr(torch, precision)

@@ -19,7 +19,7 @@ from openglm.kernels.onednn import use_onednn
 from openglm.models.glm130b import GLM130B
 from openglm.parallel.execution import Execution
 from openglm.parallel.execution import MicroBatch as Tensors
-from openglm.parallel.stage import gather
+from openglm.parallel.stage import gather, recompute_layers
 from openglm.parallel.tensor import local
 from openglm.training.stopwatch import Stopwatch
 
@@ -78,14 +78,17 @@ def group_of(name: str) -> str:
 class MasterWeights:
     """One process: float32 weights for the optimizer, beside a working copy in ``precision`` that the network uses.
 
-    Turns the network's parameters into that copy; in float32 both are the same tensors. ``compile``: as ``run.compile``.
+    Turns the network's parameters into that copy; in float32 both are the same tensors. ``compile``: as ``run.compile``;
+    ``recompute``: as ``parallel.recompute``.
     """
 
     reports = True
 
-    def __init__(self, network: GLM130B, precision: str, *, compile: bool = False) -> None:
+    def __init__(self, network: GLM130B, precision: str, *, compile: bool = False, recompute: bool = False) -> None:
         self.network = network
         self._cross_entropy = cross_entropy
+        if recompute:
+            recompute_layers(network.layers.values())
         if compile:
             compile_layers(network.layers.values())
             self._cross_entropy = torch.compile(cross_entropy, dynamic=True)

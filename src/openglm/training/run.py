@@ -134,7 +134,8 @@ def build_model(
     with torch.device("meta"):  # each process fills its part of every tensor in turn, and never holds the whole network
         network = GLM130B(config)
     if ranks.mesh is None:
-        return MasterWeights(load_into(network, source, "float32", device), recipe.run.precision, compile=compile)
+        network = load_into(network, source, "float32", device)
+        return MasterWeights(network, recipe.run.precision, compile=compile, recompute=recipe.parallel.recompute)
     p = recipe.parallel
     stage = parallelize(
         network,
